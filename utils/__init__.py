@@ -1,0 +1,1 @@
+"""Plumbing of the training framework: configuration, processes, optimisation, checkpoints, evaluation."""

@@ -1,0 +1,16 @@
+"""Training loss of the published recipe."""
+
+from timm.loss import SoftTargetCrossEntropy
+from torch import nn
+
+
+def build_criterion(config, *, soft_targets: bool) -> nn.Module:
+    """Return soft-target cross-entropy under mixup or cutmix, else cross-entropy with label smoothing.
+
+    Args:
+        config: ``MODEL.LABEL_SMOOTHING`` is read; under mixup the smoothing is in the targets already.
+        soft_targets: whether the batch transform mixes, as its ``mixes`` attribute says.
+    """
+    if soft_targets:
+        return SoftTargetCrossEntropy()
+    return nn.CrossEntropyLoss(label_smoothing=config.MODEL.LABEL_SMOOTHING)
