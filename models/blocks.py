@@ -1,0 +1,208 @@
+"""The parts of Strip-MLP (Cao et al., ICCV 2023, arXiv 2307.11458): its layers, its two mixing blocks and the block they form.
+
+A stage is a row of blocks; a block is a strip mixing block (tokens) and a channel mixing block (channels), each with a
+residual. The strip mixing block sends half of the channels through the CGSMM (long range, cascaded rows then columns)
+and half through the LSMM (short range).
+
+Legend, for the shapes behind every reshape and permute:
+    B batch, C channels, D = C / 2 channels of one branch, P patches, G = D / P channels a patch, H rows, W columns, K = mlp_ratio * C.
+All maps are (B, C, H, W) in channels_last memory order.
+"""
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import GRN, ChannelLayerNorm, PointwiseLinear, add_residual
+
+
+class RelativePosition(nn.Module):
+    """Learned relative position map, ``pos[d, h, w] = table[w - h + size, d]``.
+
+    Args:
+        dim: channels D.
+        size: rows and columns of the map.
+    Shape: () -> (D, H, W).
+    """
+
+    def __init__(self, dim: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.table = nn.Parameter(torch.empty(2 * size + 1, dim))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self) -> Tensor:
+        windows = self.table.unfold(0, self.size, 1)  # (2H+1, D) -> (H+2, D, W), window i holds the rows i .. i+W-1
+        pos = windows[1 : self.size + 1].flip(0)  # row h of the map is window H - h
+        return pos.permute(0, 2, 1).contiguous().permute(2, 0, 1)  # (H, D, W) -> (H, W, D) -> (D, H, W), channels_last
+
+
+class StripMLPLayer(nn.Module):
+    """Strip MLP layer (sec. 3.2): the tokens of a row take from their own row and from the rows above and below.
+
+    The channels are cut into P patches of G (channel d = p * G + g); a patch shares its weights with the other patches, while
+    each of its G channels has its own. As a formula, with zeros outside the map:
+    ``r[p, g, h, w'] = bias[g, w'] + sum over e in {-1, 0, 1} and w of weight[g, w', w, e + 1] * x[p, g, h + e, w]``,
+    which is a grouped convolution over (patch, row) whose channels are the pairs (g, w).
+
+    Args:
+        dim: channels D.
+        size: rows and columns of the map.
+        num_patches: patches P, a divisor of D.
+        axis: ``"row"`` mixes along the rows as above, ``"column"`` along the columns (H and W change places).
+        strip_width: rows that a token sees, odd.
+    Shape: (B, D, H, W) -> same.
+    Raises:
+        ValueError: if `num_patches` does not divide `dim`, or `axis` is unknown.
+    """
+
+    def __init__(self, dim: int, size: int, num_patches: int, axis: str, *, strip_width: int = 3) -> None:
+        super().__init__()
+        if num_patches < 1 or dim % num_patches != 0:
+            raise ValueError(f"{dim} channels cannot be cut into {num_patches} patches; choose a divisor of {dim}")
+        if axis not in ("row", "column"):
+            raise ValueError(f"axis is {axis!r}; known: 'row', 'column'")
+        self.num_patches = num_patches
+        self.axis = axis
+        tokens = dim // num_patches * size
+        padding = (0, strip_width // 2)
+        self.mix = nn.Conv2d(tokens, tokens, (1, strip_width), padding=padding, groups=dim // num_patches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.mix.groups
+        x = x.unflatten(1, (self.num_patches, groups))  # (B, D, H, W) -> (B, P, G, H, W)
+        # to (B, P, H, G * W), or with axis "column" to (B, P, W, G * H)
+        x = x.permute(0, 1, 3, 2, 4).flatten(3) if self.axis == "row" else x.permute(0, 1, 4, 2, 3).flatten(3)
+        x = self.mix(x.permute(0, 3, 1, 2))  # (B, P, H, G * W) -> (B, G * W, P, H), a map with P rows and H columns
+        x = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))  # (B, G * W', P, H) -> (B, P, H, G, W')
+        # to (B, H, W, D); with axis "column" it comes as (B, P, W, G, H')
+        x = x.permute(0, 2, 4, 1, 3).flatten(3) if self.axis == "row" else x.permute(0, 4, 2, 1, 3).flatten(3)
+        return x.permute(0, 3, 1, 2)  # (B, H, W, D) -> (B, D, H, W)
+
+
+class CGSMM(nn.Module):
+    """Cascade group strip mixing module (sec. 3.3): rows first, then columns over what the rows gave.
+
+    Args:
+        dim: channels D.
+        size: rows and columns of the map.
+        num_patches: patches P of the Strip MLP layers.
+    Shape: (B, D, H, W) -> same.
+    """
+
+    def __init__(self, dim: int, size: int, num_patches: int) -> None:
+        super().__init__()
+        self.row_position = RelativePosition(dim, size)
+        self.row_mix = StripMLPLayer(dim, size, num_patches, "row")
+        self.row_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+        self.column_position = RelativePosition(dim, size)
+        self.column_mix = StripMLPLayer(dim, size, num_patches, "column")
+        self.column_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        rows = self.row_mix(u + self.row_position())
+        q = F.gelu(self.norm(self.row_fuse(torch.cat([rows, u], dim=1))))
+        columns = self.column_mix(q + self.column_position())
+        return self.column_fuse(torch.cat([u, columns], dim=1))
+
+
+class LSMM(nn.Module):
+    """Local strip mixing module (sec. 3.4): a tall and a wide depthwise convolution and the input, weighted per sample and channel.
+
+    Args:
+        dim: channels D, even.
+    Shape: (B, D, H, W) -> same.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.tall = nn.Conv2d(dim, dim, (7, 3), padding=(3, 1), groups=dim, bias=False)
+        self.wide = nn.Conv2d(dim, dim, (3, 7), padding=(1, 3), groups=dim, bias=False)
+        self.reweight1 = nn.Conv2d(dim, dim // 2, 1)
+        self.reweight2 = nn.Conv2d(dim // 2, 3 * dim, 1)
+
+    def forward(self, v: Tensor) -> Tensor:
+        tall, wide = self.tall(v), self.wide(v)
+        z = (tall + wide + v).mean(dim=(2, 3), keepdim=True)
+        z = self.reweight2(F.gelu(self.reweight1(z)))
+        weights = z.unflatten(1, (-1, 3)).softmax(dim=2)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
+        w_tall, w_wide, w_input = weights.unbind(dim=2)
+        return w_tall * tall + w_wide * wide + w_input * v
+
+
+class StripMixingBlock(nn.Module):
+    """Token mixing (sec. 3.1): local convolution, projection, then CGSMM and LSMM on half of the channels each, fused.
+
+    Args:
+        dim: channels C, even.
+        size: rows and columns of the map.
+        num_patches: patches P of the Strip MLP layers, a divisor of C / 2.
+    Shape: (B, C, H, W) -> same.
+    Raises:
+        ValueError: if `dim` is odd or C / 2 cannot be cut into `num_patches`.
+    """
+
+    def __init__(self, dim: int, size: int, num_patches: int) -> None:
+        super().__init__()
+        if dim % 2 != 0:
+            raise ValueError(f"{dim} channels cannot be split in two halves; choose an even number")
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.project = nn.Conv2d(dim, dim, 1)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.cgsmm = CGSMM(dim // 2, size, num_patches)
+        self.lsmm = LSMM(dim // 2)
+        self.fuse = nn.Conv2d(dim, dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(F.gelu(self.norm1(x)))
+        x = F.gelu(self.norm2(self.project(x)))
+        u, v = x.chunk(2, dim=1)
+        return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
+
+
+class ChannelMixingBlock(nn.Module):
+    """Channel mixing (sec. 3.1): depthwise 7x7 convolution, LayerNorm and an MLP with GRN, after ConvNeXt V2.
+
+    Args:
+        dim: channels C.
+        hidden_dim: channels K between the two linear layers.
+    Shape: (B, C, H, W) -> same.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, bias=False)
+        self.norm = ChannelLayerNorm(dim)
+        self.fc1 = PointwiseLinear(dim, hidden_dim)
+        self.grn = GRN(hidden_dim)
+        self.fc2 = PointwiseLinear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(self.norm(self.dwconv(x)))  # (B, C, H, W) -> (B, K, H, W)
+        return self.fc2(self.grn(F.gelu(x)))
+
+
+class StripMLPBlock(nn.Module):
+    """One block (fig. 2): strip mixing, then channel mixing, each added to its input.
+
+    Args:
+        dim: channels C.
+        size: rows and columns of the map.
+        num_patches: patches P of the Strip MLP layers.
+        mlp_ratio: hidden channels of the channel mixing over C (alpha in the paper).
+        drop_path: probability that a sample skips a branch in training.
+    Shape: (B, C, H, W) -> same.
+    """
+
+    def __init__(self, dim: int, size: int, num_patches: int, *, mlp_ratio: float = 3, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.strip_mixing = StripMixingBlock(dim, size, num_patches)
+        self.channel_mixing = ChannelMixingBlock(dim, int(mlp_ratio * dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = add_residual(x, self.strip_mixing(x), self.drop_path)
+        return add_residual(x, self.channel_mixing(x), self.drop_path)

@@ -1,0 +1,84 @@
+"""Config -> model: Strip-MLP, or any timm model as a baseline through the same recipe."""
+
+import difflib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import timm
+from torch import nn
+
+from .strip_mlp import StripMLPNet
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(config: "CfgNode") -> nn.Module:
+    """The model that the MODEL keys of the config describe, on the CPU, in training mode.
+
+    DROP_RATE counts only where MODEL.DROP is true; TRAIN.USE_CHECKPOINT switches activation checkpointing on.
+
+    Raises:
+        ValueError: if MODEL.TYPE or MODEL.TIMM_NAME is unknown, or the model refuses a value.
+    """
+    builders = {"strip_mlp_layer": _build_strip_mlp, "timm": _build_timm}
+    if config.MODEL.TYPE not in builders:
+        raise ValueError(f"MODEL.TYPE is {config.MODEL.TYPE!r}; known: {', '.join(map(repr, builders))}")
+    model = builders[config.MODEL.TYPE](config)
+    if config.TRAIN.USE_CHECKPOINT:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def _drop_rates(config: "CfgNode") -> dict[str, float]:
+    return {
+        "drop_rate": config.MODEL.DROP_RATE if config.MODEL.DROP else 0.0,
+        "drop_path_rate": config.MODEL.DROP_PATH_RATE,
+    }
+
+
+def _build_strip_mlp(config: "CfgNode") -> StripMLPNet:
+    strip = config.MODEL.STRIP_MLP
+    return StripMLPNet(
+        img_size=config.DATA.IMG_SIZE,
+        patch_size=strip.PATCH_SIZE,
+        in_chans=strip.IN_CHANS,
+        num_classes=config.MODEL.NUM_CLASSES,
+        embed_dim=strip.EMBED_DIM,
+        depths=strip.LAYERS,
+        mlp_ratio=config.MODEL.ALPHA,
+        num_patches=strip.NUM_PATCHES or None,  # 0 in the config is the published rule
+        drop_path_schedule=config.MODEL.DROP_PATH_SCHEDULE,
+        **_drop_rates(config),
+    )
+
+
+def _build_timm(config: "CfgNode") -> nn.Module:
+    """A timm model without pretrained weights, at the config's image size where the model fixes one."""
+    name = config.MODEL.TIMM_NAME
+    if not name or not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
+        raise ValueError(f"MODEL.TIMM_NAME is {name!r}, which timm {timm.__version__} does not know; {hint}")
+    options: dict[str, Any] = {"num_classes": config.MODEL.NUM_CLASSES, "in_chans": config.MODEL.STRIP_MLP.IN_CHANS}
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
+        options["img_size"] = config.DATA.IMG_SIZE
+    return _create_with_accepted(name, options, _drop_rates(config))
+
+
+def _create_with_accepted(name: str, options: dict[str, Any], drop_rates: dict[str, float]) -> nn.Module:
+    """Create the timm model with those of `drop_rates` that its constructor takes; a rate it does not take is logged."""
+    wanted = dict(drop_rates)
+    while True:
+        try:
+            return timm.create_model(name, pretrained=False, **options, **wanted)
+        except TypeError as error:
+            refused = [key for key in wanted if f"unexpected keyword argument '{key}'" in str(error)]
+            if not refused:
+                raise
+            rate = wanted.pop(refused[0])
+            if rate:
+                logger.warning("timm model %s takes no %s; %s is without effect", name, refused[0], rate)

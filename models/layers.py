@@ -1,0 +1,131 @@
+"""Parts of the network that know nothing of Strip-MLP.
+
+Every map is (B, C, H, W) in PyTorch's channels_last memory order, so that a 1x1 convolution is one matrix product and a norm
+over the channels reads contiguous memory; ``permute(0, 2, 3, 1)`` is then a view.
+
+Legend: B batch, C or K channels, H rows, W columns.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class PointwiseLinear(nn.Linear):
+    """A linear layer over the channels of a map, i.e. a 1x1 convolution with the (out, in) weight of ``nn.Linear``.
+
+    Shape: (B, in_features, H, W) -> (B, out_features, H, W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each position. Shape: (B, C, H, W) -> same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+
+
+class GRN(nn.Module):
+    """Global response normalisation (ConvNeXt V2, arXiv 2301.00808, sec. 3) with its residual, as Strip-MLP uses it.
+
+    With g the L2 norm of a channel over space and n = g / (mean of g over the channels + eps):
+    ``out = gamma * (y * n) + beta + y``. The norm is taken in float32 at least, because its square overflows float16.
+
+    Args:
+        dim: number of channels K.
+        eps: added to the mean norm.
+    Shape: (B, K, H, W) -> same. The parameters keep the published shape (1, 1, 1, K).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def scale(self, y: Tensor) -> Tensor:
+        """The factor ``1 + gamma * n`` by which the whole layer multiplies its input, (B, K, H, W) -> (B, K, 1, 1)."""
+        norm = torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32))
+        response = norm / (norm.mean(dim=1, keepdim=True) + self.eps)
+        return (1.0 + self.gamma.view(1, -1, 1, 1) * response).to(y.dtype)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y * self.scale(y) + self.beta.view(1, -1, 1, 1)
+
+
+def add_residual(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
+    """``x + drop_path(branch)`` in one pass: each sample of the branch is dropped, or scaled by 1 / (1 - rate)."""
+    if not drop_path.training or drop_path.drop_prob == 0.0:
+        return x + branch
+    mask = drop_path(branch.new_ones(len(branch), 1, 1, 1))
+    return torch.addcmul(x, branch, mask)
+
+
+@contextmanager
+def _running_statistics_held(module: nn.Module) -> Iterator[None]:
+    """Let the BatchNorms in `module` normalise as in training without touching their running statistics."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)``, keeping only `x` for the backward pass, which runs the block once more.
+
+    The second run sees the same random numbers and does not count again in the BatchNorm statistics.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _running_statistics_held(block)
+
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+def downsample(dim: int, *, groups: int = 1) -> nn.Conv2d:
+    """The 2x2 convolution with stride 2 between two stages, (B, C, H, W) -> (B, 2 * C, H / 2, W / 2), `dim` being C."""
+    return nn.Conv2d(dim, 2 * dim, 2, stride=2, groups=groups, bias=False)
+
+
+def drop_path_rates(rate: float, depth: int, schedule: str) -> list[float]:
+    """The DropPath rate of each of `depth` blocks: `rate` in all (``"constant"``) or from 0 up to `rate` (``"linear"``).
+
+    Raises:
+        ValueError: if `rate` is not in [0, 1) or `schedule` is unknown.
+    """
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"drop_path_rate is {rate}; it must lie in [0, 1)")
+    if schedule == "constant":
+        return [rate] * depth
+    if schedule == "linear":
+        return [rate * block / max(depth - 1, 1) for block in range(depth)]
+    raise ValueError(f"drop_path_schedule is {schedule!r}; known: 'constant', 'linear'")
+
+
+def square_side(img_size: int | tuple[int, int], multiple: int) -> int:
+    """The side of a square image given as an int or a pair.
+
+    Raises:
+        ValueError: if the pair is not square, or the side no positive multiple of `multiple`.
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if height != width:
+        raise ValueError(f"img_size is {height} x {width}; Strip-MLP shares one table for rows and columns: give a square")
+    if height <= 0 or height % multiple != 0:
+        near = max(multiple, round(height / multiple) * multiple)
+        raise ValueError(f"img_size is {height}, which is no multiple of {multiple} (8 * patch_size); use {near}")
+    return height

@@ -1,0 +1,194 @@
+"""Strip-MLP: Efficient Token Interaction for Vision MLP (Cao et al., ICCV 2023, arXiv 2307.11458): the network and its variants.
+
+The parts stand in `models.blocks`. Importing this module registers the variants with timm, so that
+``timm.create_model("strip_mlp_tiny")`` works.
+
+Legend: B batch, C = embed_dim channels of stage 1, H rows, W columns. Inputs may come in any memory order; all maps inside are
+(B, C, H, W) in channels_last order.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from .blocks import StripMLPBlock
+from .checkpoint_compat import from_published
+from .layers import checkpointed, downsample, drop_path_rates, square_side
+
+__all__ = ["StripMLPNet"]
+
+
+def published_num_patches(channels: int) -> int:
+    """Patches P of a stage with `channels` channels in the published networks: 2 where 80 divides them, else 4."""
+    return 2 if channels % 80 == 0 else 4
+
+
+class StripMLPNet(nn.Module):
+    """The network (fig. 2): a patch embedding, four stages with merging between them, a linear head.
+
+    Skips by grouped convolution, in the published code though not in the figure, carry the merged output of stage 1 to the
+    stages 3 and 4, and that of stage 2 to stage 4.
+
+    Args:
+        img_size: rows and columns of the input, a multiple of 8 * patch_size; the strip weights belong to this size.
+        patch_size: side of the non-overlapping patches of the embedding.
+        in_chans: channels of the input.
+        num_classes: outputs of the head; 0 leaves the head out.
+        embed_dim: channels C of the first stage, doubled in each further one.
+        depths: blocks in each of the four stages.
+        mlp_ratio: hidden channels of the channel mixing over C (alpha in the paper).
+        num_patches: patches P in every stage; None is the published rule (2 where 80 divides C, else 4).
+        drop_rate: dropout before the head.
+        drop_path_rate: probability that a sample skips a branch in training.
+        drop_path_schedule: ``"constant"``, the rate in every block as published, or ``"linear"``, from 0 up to it.
+    Shape: (B, in_chans, img_size, img_size) -> (B, num_classes).
+    Raises:
+        ValueError: if an argument is out of range, or the sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 80,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        mlp_ratio: float = 3,
+        num_patches: int | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        drop_path_schedule: str = "constant",
+    ) -> None:
+        super().__init__()
+        self.img_size, self.in_chans, self.num_classes = square_side(img_size, 8 * patch_size), in_chans, num_classes
+        self.num_features = self.head_hidden_size = 8 * embed_dim
+        self.grad_checkpointing = False
+        if len(depths) != 4:
+            raise ValueError(f"depths is {tuple(depths)}; Strip-MLP has four stages, so give four numbers of blocks")
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_schedule))
+        dims = [embed_dim * 2**stage for stage in range(4)]
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, bias=False)
+        self.stages = nn.ModuleList()
+        for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            size = self.img_size // (patch_size * 2**stage)
+            patches = num_patches or published_num_patches(dim)
+            blocks = (StripMLPBlock(dim, size, patches, mlp_ratio=mlp_ratio, drop_path=next(rates)) for _ in range(depth))
+            self.stages.append(nn.Sequential(*blocks))
+        self.merging = nn.ModuleList(downsample(dim) for dim in dims[:3])
+        self.skip_1_to_3 = downsample(dims[1], groups=dims[1])
+        self.skip_1_to_4 = downsample(dims[2], groups=dims[2])
+        self.skip_2_to_4 = downsample(dims[2], groups=dims[2])
+        self.norm = nn.BatchNorm2d(self.num_features)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The normalised map before the head, (B, in_chans, img_size, img_size) -> (B, 8 * embed_dim, H, W) of stage 4."""
+        if x.shape[1:] != (self.in_chans, self.img_size, self.img_size):
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}, but this network takes (batch, {self.in_chans}, {self.img_size}, "
+                f"{self.img_size}); resize the images or build the network with that in_chans and img_size"
+            )
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        stage1 = self._run_stage(0, x.contiguous(memory_format=torch.channels_last))
+        merged1 = self.merging[0](stage1)
+        merged2 = self.merging[1](self._run_stage(1, merged1))
+        skip = self.skip_1_to_3(merged1)
+        stage3 = self._run_stage(2, merged2 + skip)
+        x = self.merging[2](stage3) + self.skip_1_to_4(skip) + self.skip_2_to_4(merged2)
+        return self.norm(self._run_stage(3, x))
+
+    def _run_stage(self, stage: int, x: Tensor) -> Tensor:
+        """The blocks of one stage. Shape: (B, C, H, W) -> same."""
+        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
+            return self.stages[stage](x)
+        for block in self.stages[stage]:
+            x = checkpointed(block, x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over space, dropout and, unless `pre_logits`, the linear head: (B, 8 * embed_dim, H, W) -> (B, num_classes)."""
+        x = self.head_drop(x.mean(dim=(2, 3)))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new one with `num_classes` outputs, by none if that is 0."""
+        self.num_classes = num_classes
+        head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = head.to(self.norm.weight.device, self.norm.weight.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each block for the backward pass, which then runs the block a second time."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names exempt from weight decay beyond 1-D parameters and biases: none, as published."""
+        return set()
+
+
+def _pretrained_cfg() -> dict[str, Any]:
+    """What timm's data and fine-tuning tools need to know; no weights are hosted for these models."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed",
+        "classifier": "head",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {f"strip_mlp_{variant}": _pretrained_cfg() for variant in ("tiny_light", "tiny", "small", "base")}
+)
+
+
+def _published_filter(state_dict: Mapping[str, Tensor], _model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook on loaded weights: published names become ours."""
+    return from_published(state_dict)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> StripMLPNet:
+    return build_model_with_cfg(StripMLPNet, variant, pretrained, pretrained_filter_fn=_published_filter, **kwargs)
+
+
+@register_model
+def strip_mlp_tiny_light(pretrained: bool = False, **kwargs: Any) -> StripMLPNet:
+    """Strip-MLP-T* (18 M parameters, 2.5 G multiply-accumulates at 224)."""
+    return _create("strip_mlp_tiny_light", pretrained, **{"embed_dim": 80, "depths": (2, 2, 6, 2), **kwargs})
+
+
+@register_model
+def strip_mlp_tiny(pretrained: bool = False, **kwargs: Any) -> StripMLPNet:
+    """Strip-MLP-T (25 M parameters, 3.7 G multiply-accumulates at 224)."""
+    return _create("strip_mlp_tiny", pretrained, **{"embed_dim": 80, "depths": (2, 2, 12, 2), **kwargs})
+
+
+@register_model
+def strip_mlp_small(pretrained: bool = False, **kwargs: Any) -> StripMLPNet:
+    """Strip-MLP-S (43 M parameters, 6.8 G multiply-accumulates at 224)."""
+    return _create("strip_mlp_small", pretrained, **{"embed_dim": 96, "depths": (2, 2, 18, 2), **kwargs})
+
+
+@register_model
+def strip_mlp_base(pretrained: bool = False, **kwargs: Any) -> StripMLPNet:
+    """Strip-MLP-B (57 M parameters, 9.2 G multiply-accumulates at 224)."""
+    return _create("strip_mlp_base", pretrained, **{"embed_dim": 112, "depths": (2, 2, 18, 2), **kwargs})
