@@ -1,11 +1,12 @@
-"""The parts of Strip-MLP (Cao et al., ICCV 2023, arXiv 2307.11458): its layers, its two mixing blocks and the block they form.
+"""The parts of Strip-MLP (Cao et al., ICCV 2023, arXiv 2307.11458): layers, mixing blocks and the block they form.
 
 A stage is a row of blocks; a block is a strip mixing block (tokens) and a channel mixing block (channels), each with a
 residual. The strip mixing block sends half of the channels through the CGSMM (long range, cascaded rows then columns)
 and half through the LSMM (short range).
 
 Legend, for the shapes behind every reshape and permute:
-    B batch, C channels, D = C / 2 channels of one branch, P patches, G = D / P channels a patch, H rows, W columns, K = mlp_ratio * C.
+    B batch, C channels, K = mlp_ratio * C hidden channels, H rows, W columns,
+    D = C / 2 channels of one branch, P patches, G = D / P channels a patch.
 All maps are (B, C, H, W) in channels_last memory order.
 """
 
@@ -41,8 +42,8 @@ class RelativePosition(nn.Module):
 class StripMLPLayer(nn.Module):
     """Strip MLP layer (sec. 3.2): the tokens of a row take from their own row and from the rows above and below.
 
-    The channels are cut into P patches of G (channel d = p * G + g); a patch shares its weights with the other patches, while
-    each of its G channels has its own. As a formula, with zeros outside the map:
+    The channels are cut into P patches of G (channel d = p * G + g); a patch shares its weights with the other patches,
+    while each of its G channels has its own. As a formula, with zeros outside the map:
     ``r[p, g, h, w'] = bias[g, w'] + sum over e in {-1, 0, 1} and w of weight[g, w', w, e + 1] * x[p, g, h + e, w]``,
     which is a grouped convolution over (patch, row) whose channels are the pairs (g, w).
 
@@ -109,7 +110,9 @@ class CGSMM(nn.Module):
 
 
 class LSMM(nn.Module):
-    """Local strip mixing module (sec. 3.4): a tall and a wide depthwise convolution and the input, weighted per sample and channel.
+    """Local strip mixing module (sec. 3.4): a tall and a wide depthwise convolution and their input, reweighted.
+
+    The three weights of a sample and channel are a softmax, computed from the mean of the branches over space.
 
     Args:
         dim: channels D, even.

@@ -70,7 +70,7 @@ def _build_timm(config: "CfgNode") -> nn.Module:
 
 
 def _create_with_accepted(name: str, options: dict[str, Any], drop_rates: dict[str, float]) -> nn.Module:
-    """Create the timm model with those of `drop_rates` that its constructor takes; a rate it does not take is logged."""
+    """Create the timm model with those of `drop_rates` that its constructor takes; a refused rate is logged."""
     wanted = dict(drop_rates)
     while True:
         try:

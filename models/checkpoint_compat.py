@@ -70,8 +70,8 @@ def is_published(state_dict: Mapping[str, object]) -> bool:
 def from_published(state_dict: Mapping[str, Value]) -> dict[str, Value]:
     """Rename a published state dict to this repository's names.
 
-    Prefixes ``module.`` and ``_orig_mod.`` are dropped and the spelling ``proh_w`` is accepted. Names that are not published
-    ones, ours among them, pass through, so that a load report can show them.
+    Prefixes ``module.`` and ``_orig_mod.`` are dropped and the spelling ``proh_w`` is accepted. Names that are not
+    published ones, ours among them, pass through, so that a load report can show them.
 
     Raises:
         ValueError: if two keys would get the same name.

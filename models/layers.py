@@ -1,7 +1,7 @@
 """Parts of the network that know nothing of Strip-MLP.
 
-Every map is (B, C, H, W) in PyTorch's channels_last memory order, so that a 1x1 convolution is one matrix product and a norm
-over the channels reads contiguous memory; ``permute(0, 2, 3, 1)`` is then a view.
+Every map is (B, C, H, W) in PyTorch's channels_last memory order, so that a 1x1 convolution is one matrix product and a
+norm over the channels reads contiguous memory; ``permute(0, 2, 3, 1)`` is then a view.
 
 Legend: B batch, C or K channels, H rows, W columns.
 """
@@ -73,15 +73,16 @@ def add_residual(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
 
 @contextmanager
 def _running_statistics_held(module: nn.Module) -> Iterator[None]:
-    """Let the BatchNorms in `module` normalise as in training without touching their running statistics."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    """Let the BatchNorms in `module` normalise as in training without moving their running statistics."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, num_batches_tracked in held:
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
 def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def downsample(dim: int, *, groups: int = 1) -> nn.Conv2d:
 
 
 def drop_path_rates(rate: float, depth: int, schedule: str) -> list[float]:
-    """The DropPath rate of each of `depth` blocks: `rate` in all (``"constant"``) or from 0 up to `rate` (``"linear"``).
+    """The DropPath rate of each block: `rate` in all `depth` (``"constant"``) or from 0 up to it (``"linear"``).
 
     Raises:
         ValueError: if `rate` is not in [0, 1) or `schedule` is unknown.
@@ -124,7 +125,7 @@ def square_side(img_size: int | tuple[int, int], multiple: int) -> int:
     """
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height != width:
-        raise ValueError(f"img_size is {height} x {width}; Strip-MLP shares one table for rows and columns: give a square")
+        raise ValueError(f"img_size is {height} x {width}; Strip-MLP mixes rows and columns alike: give a square")
     if height <= 0 or height % multiple != 0:
         near = max(multiple, round(height / multiple) * multiple)
         raise ValueError(f"img_size is {height}, which is no multiple of {multiple} (8 * patch_size); use {near}")

@@ -1,13 +1,14 @@
-"""Strip-MLP: Efficient Token Interaction for Vision MLP (Cao et al., ICCV 2023, arXiv 2307.11458): the network and its variants.
+"""Strip-MLP: Efficient Token Interaction for Vision MLP (Cao et al., ICCV 2023, arXiv 2307.11458): the network
 
 The parts stand in `models.blocks`. Importing this module registers the variants with timm, so that
 ``timm.create_model("strip_mlp_tiny")`` works.
 
-Legend: B batch, C = embed_dim channels of stage 1, H rows, W columns. Inputs may come in any memory order; all maps inside are
-(B, C, H, W) in channels_last order.
+Legend: B batch, C channels, H rows, W columns. Inputs may come in any memory order; all maps inside are (B, C, H, W) in
+channels_last order.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,31 @@ def published_num_patches(channels: int) -> int:
     return 2 if channels % 80 == 0 else 4
 
 
+def _check_arguments(
+    in_chans: int, num_classes: int, embed_dim: int, depths: Sequence[int], mlp_ratio: float, drop_rate: float
+) -> None:
+    """Raise one ValueError that lists every argument out of range."""
+    problems = [
+        f"{name} is {value}; it must be {rule}"
+        for name, value, good, rule in (
+            ("in_chans", in_chans, in_chans > 0, "positive"),
+            ("num_classes", num_classes, num_classes >= 0, "positive, or 0 for no head"),
+            ("embed_dim", embed_dim, embed_dim > 0 and embed_dim % 2 == 0, "positive and even, to be halved"),
+            ("depths", tuple(depths), len(depths) == 4 and min(depths) > 0, "four positive numbers of blocks"),
+            ("mlp_ratio", mlp_ratio, int(mlp_ratio * embed_dim) > 0, "large enough for one hidden channel"),
+            ("drop_rate", drop_rate, 0.0 <= drop_rate < 1.0, "in [0, 1)"),
+        )
+        if not good
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 class StripMLPNet(nn.Module):
     """The network (fig. 2): a patch embedding, four stages with merging between them, a linear head.
 
-    Skips by grouped convolution, in the published code though not in the figure, carry the merged output of stage 1 to the
-    stages 3 and 4, and that of stage 2 to stage 4.
+    Skips by grouped convolution, in the published code though not in the figure, carry the merged output of stage 1 to
+    the stages 3 and 4, and that of stage 2 to stage 4.
 
     Args:
         img_size: rows and columns of the input, a multiple of 8 * patch_size; the strip weights belong to this size.
@@ -66,20 +87,23 @@ class StripMLPNet(nn.Module):
         drop_path_schedule: str = "constant",
     ) -> None:
         super().__init__()
+        _check_arguments(in_chans, num_classes, embed_dim, depths, mlp_ratio, drop_rate)
         self.img_size, self.in_chans, self.num_classes = square_side(img_size, 8 * patch_size), in_chans, num_classes
         self.num_features = self.head_hidden_size = 8 * embed_dim
         self.grad_checkpointing = False
-        if len(depths) != 4:
-            raise ValueError(f"depths is {tuple(depths)}; Strip-MLP has four stages, so give four numbers of blocks")
         rates = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_schedule))
         dims = [embed_dim * 2**stage for stage in range(4)]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size * 2**stage, "module": f"stages.{stage}"}
+            for stage, dim in enumerate(dims)
+        ]
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, bias=False)
         self.stages = nn.ModuleList()
         for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             size = self.img_size // (patch_size * 2**stage)
             patches = num_patches or published_num_patches(dim)
-            blocks = (StripMLPBlock(dim, size, patches, mlp_ratio=mlp_ratio, drop_path=next(rates)) for _ in range(depth))
-            self.stages.append(nn.Sequential(*blocks))
+            block = partial(StripMLPBlock, dim, size, patches, mlp_ratio=mlp_ratio)
+            self.stages.append(nn.Sequential(*(block(drop_path=next(rates)) for _ in range(depth))))
         self.merging = nn.ModuleList(downsample(dim) for dim in dims[:3])
         self.skip_1_to_3 = downsample(dims[1], groups=dims[1])
         self.skip_1_to_4 = downsample(dims[2], groups=dims[2])
@@ -89,7 +113,9 @@ class StripMLPNet(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The normalised map before the head, (B, in_chans, img_size, img_size) -> (B, 8 * embed_dim, H, W) of stage 4."""
+        """The normalised map of stage 4, (B, in_chans, img_size, img_size) -> (B, 8 * embed_dim, H, W)."""
+        if not x.is_floating_point():
+            raise ValueError(f"input of {x.dtype}; this network takes normalised floating point images")
         if x.shape[1:] != (self.in_chans, self.img_size, self.img_size):
             raise ValueError(
                 f"input of shape {tuple(x.shape)}, but this network takes (batch, {self.in_chans}, {self.img_size}, "
@@ -113,7 +139,7 @@ class StripMLPNet(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over space, dropout and, unless `pre_logits`, the linear head: (B, 8 * embed_dim, H, W) -> (B, num_classes)."""
+        """Mean over space, dropout and, unless `pre_logits`, the head: (B, 8 * embed_dim, H, W) -> (B, num_classes)."""
         x = self.head_drop(x.mean(dim=(2, 3)))
         return x if pre_logits else self.head(x)
 
@@ -167,7 +193,14 @@ def _published_filter(state_dict: Mapping[str, Tensor], _model: nn.Module) -> di
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> StripMLPNet:
-    return build_model_with_cfg(StripMLPNet, variant, pretrained, pretrained_filter_fn=_published_filter, **kwargs)
+    return build_model_with_cfg(
+        StripMLPNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=_published_filter,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "hook"},
+        **kwargs,
+    )
 
 
 @register_model
