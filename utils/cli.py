@@ -9,6 +9,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from utils.config import load_config, require_known_key
+from utils.config_checks import DATASETS
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,12 @@ class Flag:
 FLAGS = (
     Flag("--batch-size", "DATA.BATCH_SIZE", "images per process and forward pass", "N"),
     Flag("--data-path", "DATA.DATA_PATH", "folder of the data set", "DIR"),
-    Flag("--dataset", "DATA.DATASET", "data set: imagenet, imagenet-1k, 101_ObjectCategories, CIFAR10, CIFAR100, digits",
-         "NAME"),
+    Flag("--dataset", "DATA.DATASET", f"data set: {', '.join(DATASETS)}", "NAME"),
     Flag("--zip", "DATA.ZIP_MODE", "read train.zip and val.zip instead of folders"),
     Flag("--cache-mode", "DATA.CACHE_MODE", "with --zip, images kept in memory: none, this process's part, or all",
          "no|part|full"),
     Flag("--num-workers", "DATA.NUM_WORKERS", "loader processes per process; -1 = its share of the cores", "N"),
-    Flag("--pretrained", "MODEL.PRETRAINED", "checkpoint whose weights start the training; its head may differ", "FILE"),
+    Flag("--pretrained", "MODEL.PRETRAINED", "checkpoint whose weights start the training", "FILE"),
     Flag("--resume", "MODEL.RESUME", "checkpoint to continue from, or to evaluate", "FILE"),
     Flag("--epochs", "TRAIN.EPOCHS", "length of the training", "N"),
     Flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", "forward passes per update", "N"),

@@ -13,7 +13,7 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.config_checks import CHOICES, check_config
-from utils.config_defaults import default_config, flatten, get_key, sections, set_key
+from utils.config_defaults import default_config, flatten, sections, set_key
 from utils.config_files import Layer, read_layers, text_layer
 from utils.config_recipe import config_notices, recipe_deviations, recipe_differences
 from utils.config_values import convert, nearest

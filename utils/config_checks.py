@@ -8,8 +8,8 @@ from yacs.config import CfgNode
 
 from utils.config_defaults import flatten
 
-DATASETS = ("imagenet", "imagenet-1k", "101_ObjectCategories", "CIFAR10", "CIFAR100", "digits")
-FOLDER_DATASETS = DATASETS[:3]
+FOLDER_DATASETS = ("imagenet", "imagenet-1k", "101_ObjectCategories", "caltech101", "folder")
+DATASETS = (*FOLDER_DATASETS, "CIFAR10", "CIFAR100", "digits")  # the same names as in data.datasets (tested)
 STAGE_STRIDE = 8  # the three merges between the four stages halve the map each
 AUTO_AUGMENT_POLICIES = ("rand", "augmix", "original", "v0", "3a")  # what timm's policy strings start with
 
@@ -133,7 +133,7 @@ def _check_model(config: CfgNode) -> Iterator[Problem]:
     model, strip = config.MODEL, config.MODEL.STRIP_MLP
     if model.TYPE == "timm":
         if not model.TIMM_NAME:
-            yield Problem(("MODEL.TYPE", "MODEL.TIMM_NAME"), "MODEL.TYPE timm needs the model's name in MODEL.TIMM_NAME")
+            yield Problem(("MODEL.TYPE", "MODEL.TIMM_NAME"), "MODEL.TYPE timm needs a model's name in MODEL.TIMM_NAME")
         return
     side = strip.PATCH_SIZE * STAGE_STRIDE
     if side > 0 and config.DATA.IMG_SIZE % side:
@@ -197,12 +197,12 @@ def _check_files(config: CfgNode) -> Iterator[Problem]:
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
         yield Problem(
             ("MODEL.RESUME", "MODEL.PRETRAINED"),
-            "MODEL.RESUME (--resume) continues a run and MODEL.PRETRAINED (--pretrained) starts one from other weights; "
+            "MODEL.RESUME (--resume) continues a run, MODEL.PRETRAINED (--pretrained) starts one from other weights; "
             "give one of them",
         )
     if config.DATA.ZIP_MODE and config.DATA.DATASET not in FOLDER_DATASETS:
         yield Problem(
             ("DATA.ZIP_MODE", "DATA.DATASET"),
-            f"DATA.ZIP_MODE (--zip) reads image archives, but DATA.DATASET is {config.DATA.DATASET}; archives belong to "
-            f"{', '.join(FOLDER_DATASETS)}",
+            f"DATA.ZIP_MODE (--zip) reads image archives, but DATA.DATASET is {config.DATA.DATASET}; archives are "
+            f"possible with {', '.join(FOLDER_DATASETS)}",
         )

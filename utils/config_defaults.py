@@ -161,13 +161,6 @@ def sections(config: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from sections(value, f"{prefix}{name}.")
 
 
-def get_key(config: CfgNode, key: str) -> Any:
-    """Return the value at a dotted key."""
-    for name in key.split("."):
-        config = config[name]
-    return config
-
-
 def set_key(config: CfgNode, key: str, value: Any) -> None:
     """Set the value at a dotted key of a tree that is not frozen."""
     *parents, leaf = key.split(".")

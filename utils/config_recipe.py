@@ -24,7 +24,10 @@ RESULT_KEYS = ("MODEL.PRETRAINED", "TEST.CROP")
 
 # Published (EMBED_DIM, LAYERS): Strip-MLP-T*, T, S, B.
 PUBLISHED_VARIANTS = ((80, [2, 2, 6, 2]), (80, [2, 2, 12, 2]), (96, [2, 2, 18, 2]), (112, [2, 2, 18, 2]))
-PUBLISHED_CLASSES = {"imagenet": 1000, "imagenet-1k": 1000, "101_ObjectCategories": 101, "CIFAR10": 10, "CIFAR100": 100}
+PUBLISHED_CLASSES = {
+    "imagenet": 1000, "imagenet-1k": 1000, "101_ObjectCategories": 101, "caltech101": 101,
+    "CIFAR10": 10, "CIFAR100": 100,
+}
 PUBLISHED_BATCHES = (64, 128)  # the published default and the size in the published commands
 VARIANT_KEYS = ("MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.LAYERS")
 
