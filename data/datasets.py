@@ -123,12 +123,11 @@ def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
     """Return the training or the validation data set of the configuration.
 
     Raises:
-        ValueError: unknown DATA.DATASET, DATA.PIPELINE or DATA.BAD_IMAGES.
+        ValueError: unknown DATA.DATASET, or no DATA.DATA_PATH for one that needs it.
         FileNotFoundError: files are missing; names them.
     """
-    for key, known in (("DATASET", DATASETS), ("PIPELINE", ("fast", "reference")), ("BAD_IMAGES", ("error", "skip"))):
-        if config.DATA[key] not in known:
-            raise ValueError(f"DATA.{key} is {config.DATA[key]!r}; known: {', '.join(known)}")
+    if config.DATA.DATASET not in DATASETS:
+        raise ValueError(f"DATA.DATASET is {config.DATA.DATASET!r}; known: {', '.join(DATASETS)}")
     return ImageDataset(
         _build_source(config, is_train=is_train),
         build_transform(config, is_train=is_train),

@@ -5,7 +5,6 @@ random erasing. ``fast`` stops at uint8; normalisation and erasing happen on the
 cuts the crop out of the decoded array before anything is copied, and draws the same random numbers in the same order.
 """
 
-import random
 from collections.abc import Callable
 
 import numpy as np
@@ -26,7 +25,6 @@ Transform = Callable[[Picture], np.ndarray | Tensor]
 SMALL = 32  # pixels; up to this size images are padded and cropped instead of zoomed into, as published for CIFAR
 _CROP_PADDING = 4  # pixels
 _CROP_RATIO = 256 / 224  # shorter side before the centre crop, relative to the crop
-_INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming")
 _TORCH_RESIZES = ("bicubic", "bilinear")
 
 
@@ -37,12 +35,9 @@ def build_transform(config: CfgNode, *, is_train: bool) -> Transform:
     normalised float tensor (3, S, S) in the reference pipeline, with S = DATA.IMG_SIZE.
 
     Raises:
-        ValueError: unknown interpolation, or FAST_RESIZE where it has no meaning.
+        ValueError: FAST_RESIZE where it has no meaning.
     """
     data = config.DATA
-    known = (*_INTERPOLATIONS, "random") if is_train else _INTERPOLATIONS
-    if data.INTERPOLATION not in (*_INTERPOLATIONS, "random"):
-        raise ValueError(f"DATA.INTERPOLATION is {data.INTERPOLATION!r}; known: {', '.join(known)}")
     if data.FAST_RESIZE and (data.PIPELINE != "fast" or data.INTERPOLATION not in _TORCH_RESIZES):
         raise ValueError(
             f"DATA.FAST_RESIZE needs DATA.PIPELINE fast and DATA.INTERPOLATION {' or '.join(_TORCH_RESIZES)}; got "
@@ -51,11 +46,9 @@ def build_transform(config: CfgNode, *, is_train: bool) -> Transform:
     resize = torch_resize if data.FAST_RESIZE else pil_resize
     if is_train:
         return _fast_train(config, resize) if data.PIPELINE == "fast" else _reference_train(config)
-    # as published, evaluation falls back to bilinear for training's random choice
-    interpolation = "bilinear" if data.INTERPOLATION == "random" else data.INTERPOLATION
     if data.PIPELINE == "fast":
-        return EvalResize(data.IMG_SIZE, crop=config.TEST.CROP, interpolation=interpolation, resize=resize)
-    return _reference_eval(data.IMG_SIZE, crop=config.TEST.CROP, interpolation=interpolation)
+        return EvalResize(data.IMG_SIZE, crop=config.TEST.CROP, interpolation=data.INTERPOLATION, resize=resize)
+    return _reference_eval(data.IMG_SIZE, crop=config.TEST.CROP, interpolation=data.INTERPOLATION)
 
 
 def _reference_train(config: CfgNode) -> Transform:
@@ -97,8 +90,7 @@ def _timm_train(config: CfgNode, *, use_prefetcher: bool) -> transforms.Compose:
 def _small_crop(config: CfgNode) -> list[Callable]:
     """Random crop of the padded image; images of another size are brought to it first."""
     size = config.DATA.IMG_SIZE
-    interpolation = "bilinear" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
-    fit = EvalResize(size, crop=True, interpolation=interpolation, resize=pil_resize)
+    fit = EvalResize(size, crop=True, interpolation=config.DATA.INTERPOLATION, resize=pil_resize)
     return [fit, as_image, transforms.RandomCrop(size, padding=_CROP_PADDING)]
 
 
@@ -159,16 +151,13 @@ class ResizedCrop:
     def __init__(self, crop: RandomResizedCropAndInterpolation, *, resize: Resize) -> None:
         self._crop = crop
         self._resize = resize
-        modes = crop.interpolation if isinstance(crop.interpolation, tuple) else (crop.interpolation,)
-        self._interpolations = [mode.value for mode in modes]
+        self._interpolation = crop.interpolation.value
 
     def __call__(self, picture: Picture) -> Picture:
         height, width = picture_size(picture)
         shape_only = torch.empty((0, height, width))  # get_params reads nothing but the size
         box = self._crop.get_params(shape_only, self._crop.scale, self._crop.ratio)
-        chosen = self._interpolations
-        interpolation = random.choice(chosen) if len(chosen) > 1 else chosen[0]
-        return self._resize(cut(picture, *box), self._crop.size, interpolation)
+        return self._resize(cut(picture, *box), self._crop.size, self._interpolation)
 
 
 class EvalResize:

@@ -1,0 +1,157 @@
+"""Split Caltech-101, or any folder of class folders, into ``train/CLASS`` and ``val/CLASS``.
+
+    python categories101_train_val_split.py --source 101_ObjectCategories --target caltech101
+
+As in the published split, each class is shuffled under seed 1024 and its first ``int(0.8 * n)`` images go to train/.
+Unlike there, names are sorted before the shuffle, so the split does not depend on the file system; BACKGROUND_Google,
+which is no category, is left out; and an existing split is not deleted without being asked.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+BACKGROUND = "BACKGROUND_Google"
+PARTS = ("train", "val")
+
+Split = dict[str, dict[str, list[str]]]  # part -> class -> file names
+
+
+def split_classes(files: Mapping[str, Sequence[str]], *, seed: int = 1024, ratio: float = 0.8) -> Split:
+    """Divide the files of each class into train and val.
+
+    The result depends on the names, the seed and the ratio only: classes and files are taken in sorted order, and each
+    class is shuffled under the seed of its own (so that another class more or less does not change the others).
+
+    Args:
+        files: class name -> file names.
+        seed: seed of the shuffle.
+        ratio: share of each class that goes to train; ``int(ratio * n)`` files.
+
+    Raises:
+        ValueError: a ratio outside (0, 1), or a class too small to be in both parts.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"the ratio is {ratio}; it must lie between 0 and 1")
+    split: Split = {part: {} for part in PARTS}
+    for name in sorted(files):
+        shuffled = sorted(files[name])
+        random.Random(seed).shuffle(shuffled)
+        count = int(ratio * len(shuffled))
+        if count in (0, len(shuffled)):
+            raise ValueError(
+                f"class {name!r} has {len(shuffled)} images: too few to split them {ratio:g} : {1 - ratio:g}"
+            )
+        split["train"][name] = sorted(shuffled[:count])
+        split["val"][name] = sorted(shuffled[count:])
+    return split
+
+
+def list_classes(source: Path, *, keep_background: bool = False) -> dict[str, list[str]]:
+    """Return the image names of each class folder in ``source``; hidden folders and other files are ignored.
+
+    Raises:
+        FileNotFoundError: no such folder, or no class folders in it.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"--source {source} is not a folder; unpack 101_ObjectCategories.tar.gz and name it")
+    classes = {}
+    for folder in sorted(source.iterdir()):
+        if folder.is_dir() and not folder.name.startswith(".") and (keep_background or folder.name != BACKGROUND):
+            classes[folder.name] = [f.name for f in folder.iterdir() if f.name.lower().endswith(IMG_EXTENSIONS)]
+    if not classes:
+        raise FileNotFoundError(f"--source {source} has no class folders")
+    return classes
+
+
+def write_split(split: Split, source: Path, target: Path, *, symlink: bool = False) -> None:
+    """Copy, or link, the files of a split from ``source/CLASS`` to ``target/PART/CLASS``.
+
+    The parts are made under another name and take the place of an earlier split only when they are complete, so an
+    interrupted run neither loses the old split nor leaves half a new one.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    jobs = [(part, name, file) for part in split for name in split[part] for file in split[part][name]]
+    unfinished = {part: target / f".{part}.unfinished" for part in split}
+    for folder in unfinished.values():
+        shutil.rmtree(folder, ignore_errors=True)
+    for part, name, file in tqdm(jobs, desc="linking" if symlink else "copying", unit="img", disable=None):
+        folder = unfinished[part] / name
+        folder.mkdir(parents=True, exist_ok=True)
+        original = source / name / file
+        if symlink:
+            (folder / file).symlink_to(original.resolve())
+        else:
+            shutil.copy2(original, folder / file)
+    for part, folder in unfinished.items():
+        _remove(target / part)
+        folder.rename(target / part)
+
+
+def check_target(source: Path, target: Path, *, force: bool = False) -> None:
+    """Refuse a target that would damage something.
+
+    Raises:
+        ValueError: the target lies inside the source.
+        FileExistsError: it holds a split already, and ``force`` is not set.
+    """
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"--target {target} lies in --source, where train/ and val/ would look like classes")
+    existing = [str(target / part) for part in PARTS if os.path.lexists(target / part)]
+    if existing and not force:
+        raise FileExistsError(f"{' and '.join(existing)} exist already; --force replaces them, or use another --target")
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        check_target(args.source, args.target, force=args.force)
+        files = list_classes(args.source, keep_background=args.keep_background)
+        split = split_classes(files, seed=args.seed, ratio=args.ratio)
+        write_split(split, args.source, args.target, symlink=args.symlink)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    counts = {part: sum(map(len, split[part].values())) for part in PARTS}
+    print(f"{len(files)} classes, {sum(counts.values())} images (seed {args.seed}, ratio {args.ratio:g})")
+    for part in PARTS:
+        print(f"  {part:<5} {counts[part]:>6} images in {args.target / part}")
+    if not args.keep_background and (args.source / BACKGROUND).is_dir():
+        print(f"  {BACKGROUND} is no category and was left out (--keep-background keeps it)")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(description="Split a folder of class folders into train/ and val/.")
+    parser.add_argument("--source", type=Path, required=True, help="folder with one folder of images for each class")
+    parser.add_argument("--target", type=Path, required=True, help="folder that gets train/CLASS and val/CLASS")
+    parser.add_argument(
+        "--seed", type=int, default=1024, help="seed of the shuffle (default: %(default)s, as published)"
+    )
+    parser.add_argument("--ratio", type=float, default=0.8, help="share that goes to train/ (default: %(default)s)")
+    parser.add_argument("--symlink", action="store_true", help="link to the originals instead of copying them")
+    parser.add_argument("--keep-background", action="store_true", help=f"keep {BACKGROUND} as a class")
+    parser.add_argument("--force", action="store_true", help="replace an existing split in --target")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
