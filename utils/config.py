@@ -36,9 +36,9 @@ RETIRED_KEYS = {
 class _Dumper(yaml.SafeDumper):
     """Safe dumper that writes lists on one line."""
 
-
-_Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence(
-    "tag:yaml.org,2002:seq", items, flow_style=True))
+    def represent_sequence(self, tag: str, sequence: Sequence[Any], flow_style: bool | None = None) -> yaml.Node:
+        """Represent a list as ``[a, b]``."""
+        return super().represent_sequence(tag, sequence, flow_style=True)
 
 
 def load_config(
