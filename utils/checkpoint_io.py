@@ -69,7 +69,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
 
 
 def link_checkpoint(source: Path, name: str) -> Path:
-    """Give the complete file ``source`` a second name in its folder, atomically; copies where links are not possible."""
+    """Give the file ``source`` a second name in its folder, atomically; copy it where links are not possible."""
     target = source.with_name(name)
     temporary = source.with_name(f".{name}.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)

@@ -9,6 +9,16 @@ from termcolor import colored
 _DATE = "%Y-%m-%d %H:%M:%S"
 
 
+class _ConsoleFormatter(logging.Formatter):
+    """Leaves out the traceback of records marked ``brief``: their message says all."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if not getattr(record, "brief", False):
+            return super().format(record)
+        brief = logging.makeLogRecord({**record.__dict__, "exc_info": None, "exc_text": None})
+        return super().format(brief)
+
+
 def setup_logging(output_dir: Path | None, rank: int) -> None:
     """Send the root logger to the console (rank 0 only, stdout) and to ``output_dir/log_rank{rank}.txt``.
 
@@ -24,7 +34,7 @@ def setup_logging(output_dir: Path | None, rank: int) -> None:
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     prefix = "" if rank == 0 else f"rank {rank} "
     stamp = colored("%(asctime)s", "green") if sys.stdout.isatty() else "%(asctime)s"
-    console.setFormatter(logging.Formatter(f"{stamp} {prefix}%(levelname)s %(message)s", _DATE))
+    console.setFormatter(_ConsoleFormatter(f"{stamp} {prefix}%(levelname)s %(message)s", _DATE))
     root.addHandler(console)
 
     if output_dir is not None:

@@ -1,0 +1,95 @@
+"""Evaluate one checkpoint, or measure the throughput of a model.
+
+    python main_eval.py --cfg configs/<leaf>.yaml --data-path <folder> --resume <checkpoint>
+    python main_eval.py --cfg configs/<leaf>.yaml --throughput
+
+Needs no training set and never looks for a checkpoint by itself: the file that is named is the file that is evaluated.
+"""
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from data import build_batch_transform, build_val_loader
+from models import build_model, from_published
+from utils.checkpoint_io import resolve_source, sha256
+from utils.cli import parse
+from utils.evaluation import evaluate, measure_throughput
+from utils.metrics import write_text_atomic
+from utils.precision import build_precision
+from utils.pretrained import load_weights
+from utils.resume import check_classes, warn_preprocessing
+from utils.runtime import Run, start_run
+
+logger = logging.getLogger(__name__)
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line. Exit status 0 only if the evaluation was done."""
+    run(*parse(argv, "Evaluate one checkpoint, or measure the throughput of a model (--throughput).", evaluation=True))
+
+
+def run(args: Namespace, config) -> None:
+    """Do what the flags ask for: evaluation, or throughput."""
+    with start_run(config, locked=False) as process:
+        if config.THROUGHPUT_MODE:
+            throughput(config, process)
+        else:
+            evaluate_checkpoint(config, process, weights=args.weights)
+
+
+def evaluate_checkpoint(config, process: Run, *, weights: str | None = None) -> None:
+    """Evaluate the file of ``--resume`` (or ``--pretrained``), log the result and write ``eval.json``.
+
+    Args:
+        config: frozen config.
+        process: the run.
+        weights: 'ema' or 'model'; None takes the averaged weights where the file has them, as training ranked it.
+
+    Raises:
+        ValueError: no file is named, or the file or the data set does not fit.
+    """
+    source = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    if not source:
+        raise ValueError("no checkpoint to evaluate: name one with --resume FILE")
+    loader = build_val_loader(config, device=process.device)
+    model = build_model(config).to(process.device)
+    _, facts = load_weights(model, source, remap=from_published, prefer_ema=weights != "model")
+    check_classes(loader.dataset.classes, facts, source)
+    warn_preprocessing(config, facts, source)
+    result = evaluate(
+        model, loader, device=process.device, autocast=build_precision(config, process.device).autocast,
+        batch_transform=build_batch_transform(config, is_train=False, device=process.device, rank=process.rank),
+    )
+    top5 = f", top-5 {result.acc5:.2f} %" if config.MODEL.NUM_CLASSES > 5 else ""
+    logger.info("%s: top-1 %.2f %%%s, loss %.4f on %d samples", source, result.acc1, top5, result.loss,
+                result.num_samples)
+    if process.is_main:
+        path = resolve_source(source)
+        row = {**asdict(result), "checkpoint": source, "sha256": sha256(path), "config": config.MODEL.NAME,
+               "dataset": config.DATA.DATASET}
+        write_text_atomic(process.output_dir / "eval.json", json.dumps(row, indent=1) + "\n")
+        logger.info("written to %s", process.output_dir / "eval.json")
+
+
+def throughput(config, process: Run) -> None:
+    """Log the images per second of the forward pass on random images; no data and no checkpoint is needed."""
+    model: nn.Module = build_model(config).to(process.device).eval()
+    precision = build_precision(config, process.device)
+    size = config.DATA.IMG_SIZE
+    images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.STRIP_MLP.IN_CHANS, size, size, device=process.device)
+    images = images.to(memory_format=torch.channels_last)
+    rate = measure_throughput(model, images, autocast=precision.autocast)
+    logger.info("throughput of %s: %.1f images/s (batch %d, %d x %d, %s)", config.MODEL.NAME, rate,
+                config.DATA.BATCH_SIZE, size, size, precision.description)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The model's distributed wrapper, and the passes that bring it into its steady state."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.checkpoint import random_state, set_random_state
+from utils.guard import BufferBackup, batchnorm_buffers
+
+
+def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> DistributedDataParallel:
+    """Wrap ``model`` (on ``device``) for training on all processes; parameters become those of rank 0.
+
+    Every process keeps BatchNorm statistics of its own: they are averaged where they are used, for evaluation and
+    saving (``utils.evaluation.averaged_batchnorm``).
+
+    Args:
+        model: the bare model; with ``sync_bn`` its BatchNorms are replaced in place.
+        device: this process's device.
+        sync_bn: normalise by the statistics of all processes' batches (``TRAIN.SYNC_BN``).
+    """
+    if sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # The switch was renamed: newer releases warn about the old name, older ones do not know the new one.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    unsynced = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True, **unsynced)
+
+
+def warm_up(
+    model: DistributedDataParallel,
+    shape: tuple[int, int, int, int],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Run two forward and backward passes on made-up images and remove every trace of them.
+
+    DDP orders its buckets anew after the first backward pass. Without this, the first update after a resume would sum
+    gradients in another order than the same update of an uninterrupted run, and three or more processes would not end
+    in the same bits. It also keeps kernel selection and compilation out of the first update's time.
+
+    Args:
+        model: the wrapped model, before any state is restored.
+        shape: (B, C, H, W) of the images.
+        device: this process's device.
+        autocast: makes the context of the forward pass.
+    """
+    backup = BufferBackup(list(batchnorm_buffers(model.module).values()))
+    backup.save()
+    streams = random_state()
+    model.train()
+    for _ in range(2):
+        images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+        with autocast():
+            loss = model(images).float().square().mean()
+        loss.backward()
+        model.zero_grad()
+    backup.restore_where(torch.ones((), dtype=torch.bool, device=device))
+    set_random_state(streams)

@@ -1,0 +1,88 @@
+"""What surrounds the training state, and where the loop stands in the run."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from utils.checkpoint import Progress, TrainState
+from utils.checkpoint_store import CheckpointStore
+from utils.lr_scheduler import global_batch_size
+from utils.precision import Precision
+from utils.runtime import Run
+from utils.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the loop needs besides the state; nothing in here survives a crash, the config rebuilds it."""
+
+    config: Any
+    run: Run
+    precision: Precision
+    loader: DataLoader
+    val_loader: DataLoader
+    transform: Callable[..., tuple[Tensor, Tensor]]
+    val_transform: Callable[..., tuple[Tensor, Tensor]]
+    criterion: nn.Module
+    store: CheckpointStore
+    stop: StopRequest
+    facts: dict[str, Any]
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches an update."""
+        return max(1, self.config.TRAIN.ACCUMULATION_STEPS)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer updates of a whole epoch; the last one may have fewer micro-batches."""
+        return math.ceil(self.loader.sampler.batches_per_epoch / self.accumulation)
+
+    def updates_left(self, progress: Progress) -> int:
+        """Updates until the end of the run."""
+        return self.config.TRAIN.EPOCHS * self.updates_per_epoch - self.updates_done(progress)
+
+    def where(self, progress: Progress) -> str:
+        """Place in the run, for messages."""
+        in_epoch = self.updates_done(progress) - progress.epoch * self.updates_per_epoch
+        return (f"epoch {progress.epoch + 1}/{self.config.TRAIN.EPOCHS} update {in_epoch}/{self.updates_per_epoch} "
+                f"(step {progress.global_step})")
+
+    def log_due(self, done: int) -> bool:
+        """Whether to log: every ``PRINT_FREQ`` updates of an epoch, and after its last."""
+        in_epoch = (done - 1) % self.updates_per_epoch + 1
+        return in_epoch % self.config.PRINT_FREQ == 0 or in_epoch == self.updates_per_epoch
+
+    def check_due(self, done: int) -> bool:
+        """Whether to read the guard's counters, which on a GPU waits for the device."""
+        every = 1 if self.run.device.type == "cpu" else min(self.config.PRINT_FREQ, self.config.TRAIN.MAX_NONFINITE)
+        return done % every == 0
+
+    def updates_done(self, progress: Progress) -> int:
+        """Position in the schedule: updates of completed epochs and of the one in progress.
+
+        Counted from the samples seen, so that the schedule stays in place when a run is resumed with another batch.
+        """
+        in_epoch = math.ceil(progress.samples_seen / global_batch_size(self.config, self.run.world_size))
+        return progress.epoch * self.updates_per_epoch + min(in_epoch, self.updates_per_epoch)
+
+
+def update_groups(session: Session, state: TrainState) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Yield the epoch's remaining updates as lists of micro-batches, with a bar if somebody watches."""
+    batches = iter(session.loader)
+    groups = iter(lambda: list(islice(batches, session.accumulation)), [])
+    watched = session.run.is_main and sys.stderr.isatty()
+    epoch = state.progress.epoch
+    done = session.updates_done(state.progress) - epoch * session.updates_per_epoch
+    with logging_redirect_tqdm() if watched else nullcontext():
+        yield from tqdm(groups, desc=f"epoch {epoch + 1}", initial=done, total=session.updates_per_epoch, unit="update",
+                        leave=False, disable=not watched)
