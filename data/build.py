@@ -1,17 +1,17 @@
 """Loaders of the configuration: ``build_train_loader`` and ``build_val_loader``."""
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import Sampler
 from yacs.config import CfgNode
 
 from utils.distributed import get_rank, get_world_size
 
+from .collate import collate
 from .datasets import ImageDataset, build_dataset
+from .processes import usable_cores
 from .samplers import EvalShardSampler, TrainSampler
 from .seeding import integer_seed
-from .workers import ImageLoader, usable_workers
+from .workers import ImageLoader
 
 
 def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:
@@ -52,7 +52,7 @@ def _loader(
     device: torch.device | str,
     drop_last: bool,
 ) -> ImageLoader:
-    num_workers = usable_workers() if config.DATA.NUM_WORKERS < 0 else config.DATA.NUM_WORKERS
+    num_workers = usable_cores() if config.DATA.NUM_WORKERS < 0 else config.DATA.NUM_WORKERS
     return ImageLoader(
         dataset,
         batch_size=batch_size,
@@ -66,27 +66,3 @@ def _loader(
         # a stream of its own: starting workers must not draw from the training's
         generator=torch.Generator().manual_seed(integer_seed(config.SEED, get_rank())),
     )
-
-
-def collate(samples: list[tuple[np.ndarray | Tensor, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Make a batch (images, targets, indices) of a data set's samples.
-
-    uint8 arrays (S, S, 3) are copied one after another, which is four times as fast as interleaving them into NCHW,
-    and handed out as a view (B, 3, S, S), hence channels last.
-    """
-    pictures, targets, indices = zip(*samples, strict=True)
-    if isinstance(pictures[0], Tensor):
-        images = torch.stack(pictures)
-    else:
-        images = _shared_empty((len(pictures), *pictures[0].shape))
-        rows = images.numpy()
-        for row, picture in zip(rows, pictures, strict=True):
-            row[...] = picture
-        images = images.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
-    return images, torch.tensor(targets, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)
-
-
-def _shared_empty(shape: tuple[int, ...]) -> Tensor:
-    """Return an uninitialised uint8 tensor; in a worker in shared memory, so that sending it copies nothing."""
-    batch = torch.empty(shape, dtype=torch.uint8)
-    return batch if get_worker_info() is None else batch.share_memory_()

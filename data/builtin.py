@@ -1,17 +1,11 @@
 """Data sets that other libraries bring along: CIFAR through torchvision, handwritten digits through scikit-learn."""
 
-import logging
-from collections.abc import Callable
-
 import numpy as np
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
-from utils.distributed import gather_objects, get_local_rank
-
+from .processes import once_per_machine
 from .sources import ArraySource
-
-logger = logging.getLogger(__name__)
 
 _DIGITS_SIZE = 32  # pixels
 _DIGITS_SPLIT_SEED = 1024
@@ -24,11 +18,12 @@ def cifar_source(name: str, root: str, *, is_train: bool, download: bool, as_arr
     With ``download``, one process of each machine fetches what is missing while the others wait.
 
     Raises:
-        FileNotFoundError: the files are missing or damaged, or the download failed (on all processes).
+        FileNotFoundError: the files are missing or damaged.
+        RuntimeError: the download failed, on all processes alike.
     """
     factory = getattr(torchvision_datasets, name)
     if download:
-        once_per_machine(lambda: factory(root, train=is_train, download=True), what=f"download of {name} to {root}")
+        once_per_machine(lambda: factory(root, train=is_train, download=True), what=f"the download of {name} to {root}")
     try:
         dataset = factory(root, train=is_train, download=False)
     except RuntimeError as error:
@@ -65,20 +60,3 @@ def digits_source(*, is_train: bool, as_array: bool) -> ArraySource:
     images = [np.asarray(Image.fromarray(g).resize(size, Image.Resampling.BICUBIC).convert("RGB")) for g in grey]
     names = [str(label) for label in range(10)]
     return ArraySource(np.stack(images), digits.target[indices], names, title="digits", as_array=as_array)
-
-
-def once_per_machine(action: Callable[[], object], *, what: str) -> None:
-    """Run ``action`` in the first process of each machine; all processes return, or raise, together.
-
-    Raises:
-        FileNotFoundError: ``action`` failed somewhere; the message repeats the reason.
-    """
-    failure, cause = None, None
-    if get_local_rank() == 0:
-        try:
-            action()
-        except (OSError, RuntimeError, ValueError) as error:
-            failure, cause = f"{what} failed: {error} [{type(error).__name__}]", error
-    failures = [text for text in gather_objects(failure) if text]  # also the barrier that the others wait at
-    if failures:
-        raise FileNotFoundError("; ".join(sorted(set(failures)))) from cause

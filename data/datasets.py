@@ -9,9 +9,10 @@ from torch.utils.data import Dataset, get_worker_info
 from yacs.config import CfgNode
 
 from .builtin import cifar_source, digits_source
+from .caches import DecodedSource, FinishedSource
 from .image_io import ImageReadError
 from .seeding import integer_seed, seeded_streams
-from .sources import FolderSource, Source
+from .sources import ArraySource, FolderSource, Source
 from .transforms import Transform, build_transform
 from .zip_source import ZipSource
 
@@ -123,17 +124,21 @@ def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
     """Return the training or the validation data set of the configuration.
 
     Raises:
-        ValueError: unknown DATA.DATASET, or no DATA.DATA_PATH for one that needs it.
+        ValueError: unknown DATA.DATASET, no DATA.DATA_PATH for one that needs it, or a cache that cannot be used.
         FileNotFoundError: files are missing; names them.
     """
     if config.DATA.DATASET not in DATASETS:
         raise ValueError(f"DATA.DATASET is {config.DATA.DATASET!r}; known: {', '.join(DATASETS)}")
-    return ImageDataset(
-        _build_source(config, is_train=is_train),
-        build_transform(config, is_train=is_train),
-        seed=config.SEED,
-        skip_bad=is_train and config.DATA.BAD_IMAGES == "skip",
-    )
+    source = _build_source(config, is_train=is_train)
+    if config.DATA.CACHE_DECODED == "ram" and not isinstance(source, ArraySource):
+        source = DecodedSource(source)
+    skip_bad = is_train and config.DATA.BAD_IMAGES == "skip"
+    dataset = ImageDataset(source, build_transform(config, is_train=is_train), seed=config.SEED, skip_bad=skip_bad)
+    if is_train or not config.DATA.VAL_CACHE:
+        return dataset
+    if config.DATA.PIPELINE != "fast":
+        raise ValueError("DATA.VAL_CACHE holds uint8 images, which DATA.PIPELINE reference does not make; use fast")
+    return ImageDataset(FinishedSource(dataset, folder=config.DATA.VAL_CACHE), np.asarray, seed=config.SEED)
 
 
 def build_datasets(config: CfgNode) -> tuple[ImageDataset, ImageDataset]:

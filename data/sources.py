@@ -22,6 +22,7 @@ class Source(Protocol):
 
     classes: list[str]
     targets: np.ndarray  # int64 (N,), label of each image
+    as_array: bool  # hand out arrays where that is faster, else always PIL images
 
     def name(self, index: int) -> str:
         """Where image ``index`` comes from, for messages."""
@@ -31,6 +32,13 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Hash that changes when the images may have changed."""
+
+
+class EncodedSource(Source, Protocol):
+    """A source of image files."""
+
+    def read(self, index: int) -> bytes:
+        """Return the content of image file ``index``. Raises ImageReadError if it cannot be read."""
 
 
 class PackedStrings:
@@ -77,18 +85,20 @@ class FolderSource:
         self.classes = listing.classes
         self.targets = np.array(listing.targets, dtype=np.int64)
         self._paths = PackedStrings([os.path.relpath(path, self.root) for path, _ in listing.samples])
-        self._as_array = as_array
+        self.as_array = as_array
 
     def name(self, index: int) -> str:
         return str(self.root / self._paths[index])
 
-    def load(self, index: int) -> Picture:
+    def read(self, index: int) -> bytes:
         try:
             with open(self.name(index), "rb") as file:
-                data = file.read()
+                return file.read()
         except OSError as error:
             raise ImageReadError(f"{error.strerror} [{type(error).__name__}]") from error
-        return decode_image(data, as_array=self._as_array)
+
+    def load(self, index: int) -> Picture:
+        return decode_image(self.read(index), as_array=self.as_array)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -116,14 +126,14 @@ class ArraySource:
         self.targets = np.asarray(targets, dtype=np.int64)
         self.classes = list(classes)
         self._title = title
-        self._as_array = as_array
+        self.as_array = as_array
 
     def name(self, index: int) -> str:
         return f"{self._title}[{index}]"
 
     def load(self, index: int) -> Picture:
         pixels = self.images[index]
-        return pixels if self._as_array else Image.fromarray(pixels)
+        return pixels if self.as_array else Image.fromarray(pixels)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()

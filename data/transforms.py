@@ -174,12 +174,12 @@ class EvalResize:
         self.size = size
         self.short_side = size if size <= SMALL else int(_CROP_RATIO * size) if crop else None
         self.interpolation = interpolation
-        self._resize = resize
+        self.resize = resize
 
     def __call__(self, picture: Picture) -> np.ndarray:
         target = self._scaled_size(*picture_size(picture))
         if picture_size(picture) != target:
-            picture = self._resize(picture, target, self.interpolation)
+            picture = self.resize(picture, target, self.interpolation)
         top, left = (int(round((length - self.size) / 2.0)) for length in target)  # torchvision's rounding
         return np.ascontiguousarray(cut(picture, top, left, self.size, self.size))
 

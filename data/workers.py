@@ -9,14 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader
 
-from utils.distributed import get_local_world_size
-
-
-def usable_workers() -> int:
-    """Number of CPU cores that one of this machine's training processes may use, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // get_local_world_size())
-
 
 class WorkerInit:
     """Start-up of a data worker, picklable for every start method.

@@ -57,7 +57,7 @@ class ZipSource:
         self.classes, self.targets = number_classes(labels)
         self._paths = PackedStrings(paths)
         self._members = _locate_members(self.archive, paths, map_file)
-        self._as_array = as_array
+        self.as_array = as_array
         self._file: tuple[int, int] | None = None  # (process id, file descriptor)
         self._cached: SharedItems | None = None
         if cache_mode != "no":
@@ -66,10 +66,12 @@ class ZipSource:
     def name(self, index: int) -> str:
         return f"{self.archive}@/{self._paths[index]}"
 
-    def load(self, index: int) -> Picture:
+    def read(self, index: int) -> bytes:
         kept = self._cached[index] if self._cached is not None else None
-        stored = kept.tobytes() if kept is not None and len(kept) else self._read(index)
-        return decode_image(self._unpack(index, stored), as_array=self._as_array)
+        return self._unpack(index, kept.tobytes() if kept is not None and len(kept) else self._read_stored(index))
+
+    def load(self, index: int) -> Picture:
+        return decode_image(self.read(index), as_array=self.as_array)
 
     def fingerprint(self) -> str:
         status = self.archive.stat()
@@ -86,7 +88,7 @@ class ZipSource:
             self._file = (os.getpid(), os.open(self.archive, os.O_RDONLY))
         return self._file[1]
 
-    def _read(self, index: int) -> bytes:
+    def _read_stored(self, index: int) -> bytes:
         """Return the stored (perhaps compressed) bytes of a member."""
         offset, size = int(self._members["offset"][index]), int(self._members["stored"][index])
         try:
@@ -117,7 +119,7 @@ class ZipSource:
         cached = SharedItems(np.where(mine, self._members["stored"], 0), purpose="DATA.CACHE_MODE (--cache-mode)")
         indices = np.flatnonzero(mine).tolist()
         for index in tqdm(indices, desc=f"reading {self.archive.name}", disable=None, leave=False):
-            cached[index][:] = np.frombuffer(self._read(index), dtype=np.uint8)
+            cached[index][:] = np.frombuffer(self._read_stored(index), dtype=np.uint8)
         self._cached = cached
 
 
