@@ -100,7 +100,8 @@ class CheckpointStore:
         return self._numbered(_STEP_PATTERN)
 
     def _numbered(self, pattern: re.Pattern) -> list[Path]:
-        numbered = [(int(match[1]), path) for path in self.directory.iterdir() if (match := pattern.fullmatch(path.name))]
+        matches = ((pattern.fullmatch(path.name), path) for path in self.directory.iterdir())
+        numbered = [(int(match[1]), path) for match, path in matches if match]
         return [path for _, path in sorted(numbered, reverse=True)]
 
 
