@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from utils.checkpoint import random_state, set_random_state
 from utils.guard import BufferBackup, batchnorm_buffers
@@ -25,6 +26,9 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
     """
     if sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # Maps are in channels_last order, so gradients of convolutions are too: weights of the same order let DDP reduce
+    # them where they are.
+    convert_conv2d_weight_memory_format(model, torch.channels_last)
     # The switch was renamed: newer releases warn about the old name, older ones do not know the new one.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     unsynced = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
