@@ -75,7 +75,7 @@ class ImageDataset(Dataset):
                     return self._get(index)
             except ImageReadError as error:
                 if self._bad is None:
-                    raise
+                    raise ImageReadError(f"{error}; DATA.BAD_IMAGES skip trains without them") from error
                 self._note_bad(index, error)
             index = integer_seed(self._seed, epoch, key[1], attempt) % len(self)
         raise ImageReadError(f"{_REPLACEMENT_TRIES} images in a row could not be read, last {self.describe(index)}")
@@ -99,8 +99,7 @@ class ImageDataset(Dataset):
             image = self.transform(self.source.load(index))
         except ImageReadError as error:
             raise ImageReadError(
-                f"cannot read image {self.describe(index)}: {error}. tools/check_data.py lists all such files; "
-                "DATA.BAD_IMAGES skip trains without them"
+                f"cannot read image {self.describe(index)}: {error}. tools/check_data.py lists all such files"
             ) from error
         except Exception as error:
             raise RuntimeError(

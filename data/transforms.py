@@ -139,7 +139,8 @@ def torch_resize(picture: Picture, size: tuple[int, int], interpolation: str) ->
     Pillow 13 changed the order of its two passes; torch agrees with the older order to 2/255 and with Pillow 13 to
     about 8/255 (a few per cent of the pixels differ at all).
     """
-    pixels = picture if isinstance(picture, np.ndarray) else np.array(picture)
+    pixels = np.asarray(picture)
+    pixels = pixels if pixels.flags.writeable else pixels.copy()  # torch takes no read-only memory
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W), channels last
     resized = nn.functional.interpolate(image, size=size, mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()  # (H, W, 3)

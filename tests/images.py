@@ -1,0 +1,59 @@
+"""Small generated images and configurations for the tests of the data package."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from yacs.config import CfgNode
+
+from utils.config import default_config
+
+CLASSES = ("cat", "dog", "emu")
+SIZES = ((37, 52), (60, 41), (48, 48), (33, 90))  # (height, width), pixels
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 64)) -> Image.Image:
+    """Return a smooth random RGB image of ``size`` = (height, width): compressible, but with detail everywhere."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC)).astype(np.int16)
+    return Image.fromarray((smooth + random.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def write_folder(root: Path, classes: Sequence[str] = CLASSES, count: int = 5, suffix: str = "jpg") -> Path:
+    """Write ``root/CLASS/NUMBER.suffix`` with images of several sizes; return ``root``."""
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            image = picture(100 * label + number, SIZES[(label + number) % len(SIZES)])
+            image.save(root / name / f"{number}.{suffix}")
+    return root
+
+
+def write_splits(root: Path, classes: Sequence[str] = CLASSES, train: int = 5, val: int = 3) -> Path:
+    """Write ``root/train`` and ``root/val``; return ``root``."""
+    write_folder(root / "train", classes, train)
+    write_folder(root / "val", classes, val)
+    return root
+
+
+def make_config(**keys: Any) -> CfgNode:
+    """Return the default configuration with keys such as ``DATA__BATCH_SIZE=4`` set; no workers, small images."""
+    config = default_config()
+    defaults = {
+        "DATA__DATASET": "folder",
+        "DATA__NUM_WORKERS": 0,
+        "DATA__BATCH_SIZE": 4,
+        "DATA__IMG_SIZE": 40,
+        "MODEL__NUM_CLASSES": 3,
+    }
+    for name, value in (defaults | keys).items():
+        *sections, key = name.split("__")
+        node = config
+        for section in sections:
+            node = node[section]
+        node[key] = str(value) if isinstance(value, Path) else value
+    config.freeze()
+    return config
