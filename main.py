@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import main_eval
-from data import build_batch_transform, build_train_loader, build_val_loader
+from data import build_batch_transform, build_train_loader, build_val_loader, check_data
 from models import build_model, from_published
 from utils.checkpoint import Progress, TrainState, capture, read_training_state, restore, torch_random_state
 from utils.checkpoint_store import BEST, LAST, CheckpointStore
@@ -91,6 +91,7 @@ def build_session(config, run: Run, stop: StopRequest) -> Session:
     """Build everything around the model. Problems of the data are found here, before the model is made."""
     loader = build_train_loader(config, device=run.device)
     val_loader = build_val_loader(config, device=run.device)
+    check_data(config, loader.dataset, val_loader.dataset)
     transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank)
     logger.info("data: %s, %d training and %d validation samples in %d classes", config.DATA.DATASET,
                 len(loader.dataset), len(val_loader.dataset), len(loader.dataset.classes))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data import build_batch_transform, build_val_loader
+from data import build_batch_transform, build_val_loader, check_data
 from models import build_model, from_published
 from utils.checkpoint_io import resolve_source, sha256
 from utils.cli import parse
@@ -28,6 +28,8 @@ from utils.resume import check_classes, warn_preprocessing
 from utils.runtime import Run, start_run
 
 logger = logging.getLogger(__name__)
+
+THROUGHPUT_SECONDS = 10.0
 
 
 @record
@@ -60,6 +62,7 @@ def evaluate_checkpoint(config, process: Run, *, weights: str | None = None) -> 
     if not source:
         raise ValueError("no checkpoint to evaluate: name one with --resume FILE")
     loader = build_val_loader(config, device=process.device)
+    check_data(config, None, loader.dataset)
     model = build_model(config).to(process.device)
     _, facts = load_weights(model, source, remap=from_published, prefer_ema=weights != "model")
     check_classes(loader.dataset.classes, facts, source)
@@ -86,7 +89,7 @@ def throughput(config, process: Run) -> None:
     size = config.DATA.IMG_SIZE
     images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.STRIP_MLP.IN_CHANS, size, size, device=process.device)
     images = images.to(memory_format=torch.channels_last)
-    rate = measure_throughput(model, images, autocast=precision.autocast)
+    rate = measure_throughput(model, images, autocast=precision.autocast, seconds=THROUGHPUT_SECONDS)
     logger.info("throughput of %s: %.1f images/s (batch %d, %d x %d, %s)", config.MODEL.NAME, rate,
                 config.DATA.BATCH_SIZE, size, size, precision.description)
 

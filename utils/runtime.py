@@ -104,6 +104,9 @@ def start_run(config, *, locked: bool = True) -> Iterator[Run]:
             # the file gets the traceback of every error, the console only of those that the user did not cause
             logger.error("rank %d stops: %s", get_rank(), error, exc_info=True,
                          extra={"brief": isinstance(error, USER_ERRORS)})
+        # The peers may be dead or stuck in a collective: leaving without a goodbye is what ends them.
+        if get_world_size() == 1:
+            dist.destroy_process_group()
         if isinstance(error, USER_ERRORS):
             raise SystemExit(1) from error
         raise
@@ -111,7 +114,6 @@ def start_run(config, *, locked: bool = True) -> Iterator[Run]:
         dist.barrier()
         dist.destroy_process_group()
     finally:
-        # After an error the peers may be dead or stuck in a collective: leaving without a goodbye is what ends them.
         if lock is not None:
             os.close(lock)
         teardown_logging()
