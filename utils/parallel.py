@@ -23,7 +23,12 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
         model: the bare model; with ``sync_bn`` its BatchNorms are replaced in place.
         device: this process's device.
         sync_bn: normalise by the statistics of all processes' batches (``TRAIN.SYNC_BN``).
+
+    Raises:
+        ValueError: ``sync_bn`` on the CPU.
     """
+    if sync_bn and device.type == "cpu":
+        raise ValueError("TRAIN.SYNC_BN is True, but PyTorch synchronises BatchNorm on GPUs only; switch it off")
     if sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Maps are in channels_last order, so gradients of convolutions are too: weights of the same order let DDP reduce

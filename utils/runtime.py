@@ -24,7 +24,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from utils.checkpoint_io import CheckpointError
 from utils.config import config_notices, dump_config, recipe_deviations, run_folder
-from utils.distributed import broadcast_object, get_local_rank, get_rank, get_world_size, is_main_process
+from utils.distributed import (
+    broadcast_object,
+    get_local_rank,
+    get_rank,
+    get_world_size,
+    is_distributed,
+    is_main_process,
+)
 from utils.guard import NonFiniteError
 from utils.logger import setup_logging, teardown_logging
 from utils.metrics import write_text_atomic
@@ -84,10 +91,10 @@ def start_run(config, *, locked: bool = True) -> Iterator[Run]:
         RunError: another run holds the folder, or the launcher's environment is half set.
         OSError: the output folder cannot be made or written.
     """
-    device = _select_device()
-    _init_process_group(config, device)
     lock = None
     try:
+        device = _select_device()
+        _init_process_group(config, device)
         seed = config.SEED + get_rank()
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -105,7 +112,7 @@ def start_run(config, *, locked: bool = True) -> Iterator[Run]:
             logger.error("rank %d stops: %s", get_rank(), error, exc_info=True,
                          extra={"brief": isinstance(error, USER_ERRORS)})
         # The peers may be dead or stuck in a collective: leaving without a goodbye is what ends them.
-        if get_world_size() == 1:
+        if is_distributed() and get_world_size() == 1:
             dist.destroy_process_group()
         if isinstance(error, USER_ERRORS):
             raise SystemExit(1) from error
