@@ -2,7 +2,7 @@
 
 import logging
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from utils.metrics import RunningMeans
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+# Entries of a training state that are read, and their types: a file that lacks one is refused by name.
+_ENTRIES = {"model": dict, "ema": (dict, type(None)), "optimizer": dict, "scaler": dict, "guard": dict,
+            "progress": dict, "rank_state": list, "world_size": int, "config": str}
 
 
 @dataclass
@@ -101,17 +104,20 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
     """Put ``payload`` into the live state.
 
     With the number of processes it was saved with, the continuation is exact: each process gets its own BatchNorm
-    statistics and random streams back. With another number they start from the averages, and this is logged.
+    statistics and random streams back. With another number they start from the averages, and this is logged. The
+    optimizer's settings (decay, momenta) are the live ones: a change that was allowed takes effect.
 
     Raises:
-        CheckpointError: the file is of a newer format, not a training state, or of another model or optimizer; the
-            live state is untouched.
+        CheckpointError: the file is of another model or optimizer; the live state is untouched.
     """
     _check_payload(state, payload, path)
     state.model.load_state_dict(payload["model"])
     if state.ema is not None:
         state.ema.module.load_state_dict(payload["ema"])
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(payload["optimizer"])
+    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     if payload["scaler"]:
         state.scaler.load_state_dict(payload["scaler"])
     state.guard.load_state_dict(payload["guard"])
@@ -159,23 +165,40 @@ def read_training_state(path: Path) -> dict[str, Any]:
     """Open a checkpoint for resuming, after checking it whole.
 
     Raises:
-        CheckpointError: damaged, not ours, or of a newer format.
+        CheckpointError: damaged, not ours, of a newer format, or without an entry that a training state needs.
     """
-    verify_checkpoint(path)
-    payload = load_checkpoint(path)
-    if "format_version" not in payload:
+    _check_format(verify_checkpoint(path), path)
+    return load_checkpoint(path)
+
+
+def _check_format(payload: dict[str, Any], path: Path) -> None:
+    version = payload.get("format_version")
+    if not isinstance(version, int) or version < 1:
         raise CheckpointError(f"{path} was not written by this project and cannot be resumed; start from its weights "
                               "with --pretrained")
-    return payload
-
-
-def _check_payload(state: TrainState, payload: dict[str, Any], path: Path) -> None:
-    version = payload["format_version"]
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; this code reads up to {FORMAT_VERSION}. "
                               f"It was written with {payload.get('versions')}: update this project")
-    own = state.model.state_dict()
-    theirs = payload["model"]
+    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(payload.get(name), kind) or name not in payload]
+    if not wrong:
+        wrong = [] if set(payload["progress"]) == {f.name for f in fields(Progress)} else ["progress"]
+        wrong += [] if len(payload["rank_state"]) == payload["world_size"] else ["rank_state"]
+        wrong += [] if set(payload["optimizer"]) == {"state", "param_groups"} else ["optimizer"]
+    if wrong:
+        raise CheckpointError(f"{path} is not a complete training state: {', '.join(wrong)} missing or malformed")
+
+
+def _check_payload(state: TrainState, payload: dict[str, Any], path: Path) -> None:
+    if (state.ema is None) != (payload["ema"] is None):
+        raise CheckpointError(f"{path} was saved {'without' if payload['ema'] is None else 'with'} averaged weights; "
+                              "set TRAIN.EMA_DECAY as in that run")
+    for live, saved in ((state.model, payload["model"]), (state.ema and state.ema.module, payload["ema"])):
+        if live is not None:
+            _check_tensors(live.state_dict(), saved, path)
+    _check_optimizer(state.optimizer, payload["optimizer"], path)
+
+
+def _check_tensors(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], path: Path) -> None:
     wrong = [f"{k}: {list(theirs[k].shape)} in the file, {list(own[k].shape)} here"
              for k in own if k in theirs and theirs[k].shape != own[k].shape]
     wrong += [f"{k}: only in the file" for k in theirs if k not in own]
@@ -186,10 +209,6 @@ def _check_payload(state: TrainState, payload: dict[str, Any], path: Path) -> No
     bad = first_nonfinite(theirs)
     if bad is not None:
         raise CheckpointError(f"{path}: the entry {bad!r} has infinite or undefined values")
-    if (state.ema is None) != (payload["ema"] is None):
-        raise CheckpointError(f"{path} was saved {'without' if payload['ema'] is None else 'with'} averaged weights; "
-                              "set TRAIN.EMA_DECAY as in that run")
-    _check_optimizer(state.optimizer, payload["optimizer"], path)
 
 
 def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any], path: Path) -> None:
