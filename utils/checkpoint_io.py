@@ -218,6 +218,9 @@ def _check_members(path: Path, *, strict: bool) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                # PyTorch never compresses; a small file could unfold to more than the memory holds
+                raise CheckpointError(f"{path} was not opened: its members are compressed, PyTorch writes them plain")
             if all(info.CRC == 0 for info in archive.infolist() if info.file_size):
                 # torch.serialization.set_crc32_options(False): legitimate in a stranger's file, never in ours
                 bad = "every member" if strict else None

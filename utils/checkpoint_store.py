@@ -1,11 +1,20 @@
 """The checkpoint files of one output folder: names, rotation, and which one a restart takes."""
 
 import logging
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint_io import CheckpointError, first_nonfinite, link_checkpoint, verify_checkpoint, write_checkpoint
+from utils.checkpoint_io import (
+    CheckpointError,
+    first_nonfinite,
+    link_checkpoint,
+    load_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from utils.distributed import broadcast_object, is_main_process
 
 logger = logging.getLogger(__name__)
@@ -72,6 +81,33 @@ class CheckpointStore:
             raise CheckpointError(problem)
         return found
 
+    def set_aside_beyond(self, step: int) -> None:
+        """Rename the files of later updates than ``step``, where the run goes on, to ``NAME.aside``. Collective.
+
+        They are damaged or of a course that was given up. Left in place they would count as the newest: rotation
+        would delete what this run writes instead, and the next restart would continue the old course.
+
+        Raises:
+            CheckpointError: on all processes alike, if a file could not be renamed.
+        """
+        problem = ""
+        if is_main_process():
+            try:
+                later = [path for path in self._step_files() if _number(path, _STEP_PATTERN) > step]
+                if _step_inside(self.directory / LAST) > step:
+                    later.append(self.directory / LAST)
+                for path in later:
+                    os.replace(path, path.with_name(path.name + ".aside"))
+            except OSError as error:
+                problem = f"cannot set a checkpoint aside: {error}"
+            else:
+                if later:
+                    logger.warning("the run goes on from update %d; later files are damaged or of another course and "
+                                   "get the ending .aside: %s", step, ", ".join(path.name for path in later))
+        problem = broadcast_object(problem)
+        if problem:
+            raise CheckpointError(problem)
+
     def _choose(self) -> Path | None:
         reasons = []
         for path in self._candidates():
@@ -100,9 +136,22 @@ class CheckpointStore:
         return self._numbered(_STEP_PATTERN)
 
     def _numbered(self, pattern: re.Pattern) -> list[Path]:
-        matches = ((pattern.fullmatch(path.name), path) for path in self.directory.iterdir())
-        numbered = [(int(match[1]), path) for match, path in matches if match]
-        return [path for _, path in sorted(numbered, reverse=True)]
+        matching = [path for path in self.directory.iterdir() if pattern.fullmatch(path.name)]
+        return sorted(matching, key=lambda path: _number(path, pattern), reverse=True)
+
+
+def _number(path: Path, pattern: re.Pattern) -> int:
+    return int(pattern.fullmatch(path.name)[1])
+
+
+def _step_inside(path: Path) -> float:
+    """Update that a checkpoint holds; -inf if there is no such file, inf if it cannot be read."""
+    if not path.exists():
+        return -math.inf
+    try:
+        return load_checkpoint(path, map_location="meta")["progress"]["global_step"]
+    except (CheckpointError, KeyError, TypeError):
+        return math.inf
 
 
 def _refuse_nonfinite(payload: dict[str, Any], path: Path) -> None:
