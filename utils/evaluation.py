@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from utils.distributed import all_reduce_sum, average_buffers, get_world_size
-from utils.guard import batchnorm_buffers
+from utils.guard import NonFiniteError, batchnorm_buffers
 
 POLL_BATCHES = 20  # batches between two questions whether to stop
 
@@ -72,7 +72,7 @@ def evaluate(
 
     Raises:
         EvaluationStopped: ``should_stop`` said so.
-        RuntimeError: the number of evaluated samples is not the data set's, or a score is not finite.
+        NonFiniteError, RuntimeError: a score is not finite; not every sample was evaluated exactly once.
     """
     num_samples = len(loader.dataset)
     # Shards differ by at most one sample: every process has this many batches, so all ask the same number of times.
@@ -102,7 +102,7 @@ def evaluate(
     if seen != num_samples:
         raise RuntimeError(f"evaluated {seen} samples, but the data set has {num_samples}")
     if bad:
-        raise RuntimeError(f"the model's scores are not finite for {bad} of {num_samples} samples")
+        raise NonFiniteError(f"evaluation: the model's scores are not finite for {bad} of {num_samples} samples")
     return EvalResult(100.0 * hits1 / seen, 100.0 * hits5 / seen, float(loss_sum) / seen, seen)
 
 
