@@ -25,6 +25,7 @@ import main_eval
 from data import build_batch_transform, build_train_loader, build_val_loader, check_data
 from models import build_model, from_published
 from utils.checkpoint import Progress, TrainState, capture, read_training_state, restore, torch_random_state
+from utils.checkpoint_io import resolve_source
 from utils.checkpoint_store import BEST, LAST, CheckpointStore
 from utils.cli import parse
 from utils.evaluation import EvalResult, EvaluationStopped, averaged_batchnorm, evaluate
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             train(build_session(config, run, stop), allow_change=args.allow_change)
         except BaseException as error:
-            run.write_status("failed", error=f"{type(error).__name__}: {error}")
+            run.write_failure(error)
             raise
 
 
@@ -77,7 +78,9 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
             finish_epoch(state, session, row)
         if session.stop.agreed:
             path = save(state, session)
-            logger.warning("stopped: %s. Continue with the same command; the state is in %s", session.stop.agreed, path)
+            same = config.TRAIN.AUTO_RESUME and not config.MODEL.RESUME
+            logger.warning("stopped: %s. Continue with %s; the state is in %s", session.stop.agreed,
+                           "the same command" if same else f"--resume {path}", path)
             run.write_status("preempted", reason=session.stop.agreed, step=state.progress.global_step,
                              epoch=state.progress.epoch, checkpoint=path.name)
             return
@@ -138,7 +141,7 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
 def start(state: TrainState, session: Session, allow_change: Sequence[str]) -> None:
     """Fill the state: explicit --resume, else the run's own newest checkpoint, else --pretrained, else scratch."""
     config = session.config
-    path = Path(config.MODEL.RESUME) if config.MODEL.RESUME else None
+    path = resolve_source(config.MODEL.RESUME) if config.MODEL.RESUME else None
     if path is None and config.TRAIN.AUTO_RESUME:
         path = session.store.newest()
     if path is not None:
@@ -158,6 +161,7 @@ def start(state: TrainState, session: Session, allow_change: Sequence[str]) -> N
             state.ema.set(state.model)
     else:
         logger.info("starting from scratch, seed %d", config.SEED)
+    session.store.set_aside_beyond(state.progress.global_step)
 
 
 def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: Session) -> dict[str, Any]:
@@ -258,12 +262,12 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> No
     if is_best:
         progress.best_acc1, progress.best_epoch = result.acc1, epoch
     progress.epoch, progress.samples_seen = epoch, 0
-    milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS else ()
-    save(state, session, (*((BEST,) if is_best else ()), *milestone))
-    if session.run.is_main:
+    if session.run.is_main:  # before saving: a restart in between repeats the evaluation and drops this row
         row = {"epoch": epoch, "step": progress.global_step, "lr": state.optimizer.param_groups[0]["lr"], **row,
                "skipped": state.guard.reported, "best_acc1": progress.best_acc1}
         record_epoch(session.run.output_dir, row, result)
+    milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS else ()
+    save(state, session, (*((BEST,) if is_best else ()), *milestone))
 
 
 def validate(state: TrainState, session: Session) -> EvalResult:

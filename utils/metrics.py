@@ -166,10 +166,17 @@ def record_epoch(directory: Path, row: dict[str, Any], result: Any | None) -> No
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON object as a line; NaN becomes null, for strict readers."""
+    """Append one JSON object as a line; NaN becomes null, for strict readers.
+
+    Raises:
+        OSError: the line could not be written; names ``path``.
+    """
     clean = {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, allow_nan=False) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -193,7 +200,11 @@ def trim_metrics(path: Path, epochs: int) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text``; readers see the old or the new one, never a part."""
+    """Replace ``path`` by a file with ``text``; readers see the old or the new one, never a part.
+
+    Raises:
+        OSError: the text could not be written; names ``path``.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -201,6 +212,8 @@ def write_text_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -74,6 +74,13 @@ class Run:
                    "host": socket.gethostname()}
             write_text_atomic(self.output_dir / "status.json", json.dumps(row, indent=1) + "\n")
 
+    def write_failure(self, error: BaseException) -> None:
+        """Write the state failed; on a disk that takes nothing any more, say so and leave ``error`` the last word."""
+        try:
+            self.write_status("failed", error=f"{type(error).__name__}: {error}")
+        except OSError as problem:
+            logger.warning("status.json could not be written: %s", problem)
+
 
 @contextmanager
 def start_run(config, *, locked: bool = True) -> Iterator[Run]:
