@@ -64,7 +64,8 @@ def evaluate_checkpoint(config, process: Run, *, weights: str | None = None) -> 
     loader = build_val_loader(config, device=process.device)
     check_data(config, None, loader.dataset)
     model = build_model(config).to(process.device)
-    _, facts = load_weights(model, source, remap=from_published, prefer_ema=weights != "model")
+    _, facts = load_weights(model, source, remap=from_published, prefer_ema=weights != "model",
+                            require_ema=weights == "ema")
     check_classes(loader.dataset.classes, facts, source)
     warn_preprocessing(config, facts, source)
     result = evaluate(

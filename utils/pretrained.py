@@ -48,23 +48,29 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def extract_weights(payload: Mapping[str, Any], path: Path, *, prefer_ema: bool) -> dict[str, Tensor]:
+def extract_weights(
+    payload: Mapping[str, Any], path: Path, *, prefer_ema: bool, require_ema: bool = False
+) -> dict[str, Tensor]:
     """Find the weights in an opened checkpoint: ours, the published ones, timm's, or a bare state_dict.
 
     Args:
         payload: contents of the file.
         path: for messages.
         prefer_ema: take the averaged weights where the file has them.
+        require_ema: take nothing else.
 
     Raises:
         CheckpointError: no weights were found.
     """
-    candidates = ("ema", "model_ema", "state_dict_ema") if prefer_ema else ()
-    for name in (*candidates, "model", "state_dict", "model_state_dict", "model_ema", "ema"):
+    averages = ("ema", "model_ema", "state_dict_ema")
+    others = ("model", "state_dict", "model_state_dict", "model_ema", "ema")
+    for name in averages if require_ema else (*(averages if prefer_ema else ()), *others):
         weights = payload.get(name)
         if isinstance(weights, Mapping) and weights:
             break
     else:
+        if require_ema:
+            raise CheckpointError(f"{path} holds no averaged weights; take its plain ones with --weights model")
         weights = payload
     weights = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
     if not weights:
@@ -81,6 +87,7 @@ def load_weights(
     *,
     remap: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     prefer_ema: bool = False,
+    require_ema: bool = False,
     replace_head: bool = False,
 ) -> tuple[LoadReport, dict[str, Any]]:
     """Fill ``model`` from the file ``source`` and return the report and the file's other entries.
@@ -91,14 +98,15 @@ def load_weights(
         model: has ``get_classifier`` as timm's models do, if ``replace_head``.
         source: a path, or ``https://...#sha256=...``.
         remap: turns published names into the model's (``models.from_published``); names it does not know stay.
-        prefer_ema: see ``extract_weights``.
+        prefer_ema, require_ema: see ``extract_weights``.
         replace_head: a classifier of another size keeps its fresh values (fine-tuning) instead of being an error.
 
     Raises:
         FileNotFoundError, ValueError, CheckpointError: the file cannot be used; the message has the report.
     """
     path = resolve_source(source)
-    shapes = extract_weights(load_checkpoint(path, map_location="meta"), path, prefer_ema=prefer_ema)
+    choice = {"prefer_ema": prefer_ema, "require_ema": require_ema}
+    shapes = extract_weights(load_checkpoint(path, map_location="meta"), path, **choice)
     report = _compare(model, shapes, remap)
     head = _head_keys(model) if replace_head else set()
     blocking = [key for key in report.reshaped if key not in head] + \
@@ -108,7 +116,7 @@ def load_weights(
         raise CheckpointError(_mismatch_message(path, report, blocking, _head_keys(model), replace_head))
 
     payload = load_checkpoint(path)
-    weights = remap(extract_weights(payload, path, prefer_ema=prefer_ema))
+    weights = remap(extract_weights(payload, path, **choice))
     bad = first_nonfinite({key: weights[key] for key in report.matched})
     if bad is not None:
         raise CheckpointError(f"{path}: the entry {bad!r} has infinite or undefined values; that run had diverged")
