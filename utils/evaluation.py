@@ -96,6 +96,11 @@ def evaluate(
             loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
     finally:
         model.train(was_training)
+    return _summarise(counts, loss_sum, num_samples)
+
+
+def _summarise(counts: Tensor, loss_sum: Tensor, num_samples: int) -> EvalResult:
+    """Add up the processes' counts (top-1 hits, top-5 hits, samples, non-finite samples) and divide once."""
     all_reduce_sum(counts)
     all_reduce_sum(loss_sum)
     hits1, hits5, seen, bad = counts.tolist()
