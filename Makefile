@@ -15,8 +15,8 @@ help:
 	@echo "make clean        remove $(VENV) and caches; runs in output/ stay"
 
 quickstart: $(VENV)/.installed
-	@$(RUN) main.py --cfg configs/quickstart_digits.yaml --output output
-	@$(RUN) main_eval.py --cfg configs/quickstart_digits.yaml --output output --resume $(QUICKSTART)/checkpoint_best.pth
+	@OMP_NUM_THREADS=1 $(RUN) main.py --cfg configs/quickstart_digits.yaml --output output
+	@OMP_NUM_THREADS=1 $(RUN) main_eval.py --cfg configs/quickstart_digits.yaml --output output --resume $(QUICKSTART)/checkpoint_best.pth
 	@echo
 	@$(RUN) -c "import json; r = json.load(open('$(QUICKSTART)/eval.json')); \
 	  print(f\"Accuracy    {r['acc1']:.2f} % of {r['num_samples']} digits that training has not seen\")"
