@@ -240,3 +240,15 @@ def report_memory(path: str) -> None:
         Path(path).write_text(f"{grown:.1f}")
 
     runtime.teardown_logging = teardown_logging
+
+
+def kill_after_report(epoch: int) -> None:
+    """SIGKILL when an epoch (from 1) has been reported and is about to be saved."""
+    original = main.record_epoch
+
+    def record_epoch(directory, row, result) -> None:
+        original(directory, row, result)
+        if row["epoch"] == epoch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    main.record_epoch = record_epoch
