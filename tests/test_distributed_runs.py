@@ -20,8 +20,15 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def start(*words: object) -> str:
     """Run a Python command line from the project's folder; return what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True,
-                          timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -62,8 +69,21 @@ def test_evaluation_is_the_same_for_one_and_two_processes(tiny: TinyRun, trained
 
 def test_two_processes_with_accumulation_make_the_update_of_one_large_batch(tiny: TinyRun) -> None:
     """2 processes x 2 images x 2 micro-batches see the same 8 images as 1 process with a batch of 8."""
-    words = ("--opts", "MODEL.TYPE", "timm", "MODEL.TIMM_NAME", "test_convnext", "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0,
-             "MODEL.DROP_PATH_RATE", 0.0, "AUG.REPROB", 0.0)
+    words = (
+        "--opts",
+        "MODEL.TYPE",
+        "timm",
+        "MODEL.TIMM_NAME",
+        "test_convnext",
+        "AUG.MIXUP",
+        0.0,
+        "AUG.CUTMIX",
+        0.0,
+        "MODEL.DROP_PATH_RATE",
+        0.0,
+        "AUG.REPROB",
+        0.0,
+    )
     start(*TORCHRUN, "main.py", *tiny.argv("--batch-size", 2, "--accumulation-steps", 2, *words, tag="small"))
     large = load_checkpoint(tiny.train("--batch-size", 8, *words, tag="large") / "checkpoint_last.pth")
     small = load_checkpoint(tiny.output / "tiny/small/checkpoint_last.pth")
@@ -72,8 +92,9 @@ def test_two_processes_with_accumulation_make_the_update_of_one_large_batch(tiny
         torch.testing.assert_close(small["model"][key], value, rtol=1e-3, atol=2e-4)
 
 
-def test_half_set_environment_is_an_error(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch,
-                                          caplog: pytest.LogCaptureFixture) -> None:
+def test_half_set_environment_is_an_error(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)

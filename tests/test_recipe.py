@@ -30,9 +30,14 @@ def config_with(**keys):
 
 def golden_config(meta: dict):
     return config_with(
-        TRAIN__EPOCHS=meta["epochs"], TRAIN__WARMUP_EPOCHS=meta["warmup_epochs"], TRAIN__BASE_LR=meta["base_lr"],
-        TRAIN__WARMUP_LR=meta["warmup_lr"], TRAIN__MIN_LR=meta["min_lr"], TRAIN__WEIGHT_DECAY=meta["weight_decay"],
-        TRAIN__CLIP_GRAD=meta["clip_grad"], DATA__BATCH_SIZE=meta["batch"],
+        TRAIN__EPOCHS=meta["epochs"],
+        TRAIN__WARMUP_EPOCHS=meta["warmup_epochs"],
+        TRAIN__BASE_LR=meta["base_lr"],
+        TRAIN__WARMUP_LR=meta["warmup_lr"],
+        TRAIN__MIN_LR=meta["min_lr"],
+        TRAIN__WEIGHT_DECAY=meta["weight_decay"],
+        TRAIN__CLIP_GRAD=meta["clip_grad"],
+        DATA__BATCH_SIZE=meta["batch"],
     )
 
 

@@ -36,13 +36,32 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_leaves_everything_behind(tiny: TinyRun, trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
-    assert {"checkpoint_last.pth", "checkpoint_best.pth", "ckpt_epoch_2.pth", "checkpoint_step_000000012.pth", "config.yaml",
-            "deviations.json", "metrics.jsonl", "curves.png", "log_rank0.txt", "status.json"} <= names
+    assert {
+        "checkpoint_last.pth",
+        "checkpoint_best.pth",
+        "ckpt_epoch_2.pth",
+        "checkpoint_step_000000012.pth",
+        "config.yaml",
+        "deviations.json",
+        "metrics.jsonl",
+        "curves.png",
+        "log_rank0.txt",
+        "status.json",
+    } <= names
     assert not [name for name in names if "tmp" in name]
     first, second = rows(trained)
     assert (first["epoch"], second["epoch"]) == (1, 2)
     assert second["step"] == 12
-    for key in ("train_loss", "grad_norm", "lr", "val_loss", "val_acc1", "images_per_second", "data_wait", "memory_mib"):
+    for key in (
+        "train_loss",
+        "grad_norm",
+        "lr",
+        "val_loss",
+        "val_acc1",
+        "images_per_second",
+        "data_wait",
+        "memory_mib",
+    ):
         assert isinstance(second[key], float), key
     assert second["val_samples"] == 9
     assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -56,8 +75,9 @@ def test_a_run_leaves_everything_behind(tiny: TinyRun, trained: Path) -> None:
 
 def test_the_stored_config_repeats_the_run(tiny: TinyRun, trained: Path) -> None:
     stored = load_config(trained / "config.yaml")
-    assert stored == load_config(tiny.cfg, overrides={"DATA.DATA_PATH": str(tiny.data), "OUTPUT": str(tiny.output),
-                                                      "TAG": "trained"})
+    assert stored == load_config(
+        tiny.cfg, overrides={"DATA.DATA_PATH": str(tiny.data), "OUTPUT": str(tiny.output), "TAG": "trained"}
+    )
     main.main(["--cfg", str(trained / "config.yaml"), "--tag", "again"])
     first, again = weights(trained / "checkpoint_last.pth"), weights(tiny.output / "tiny/again/checkpoint_last.pth")
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -85,8 +105,9 @@ def test_evaluation_without_checkpoint_fails(tiny: TinyRun, trained: Path, capsy
     assert "--resume" in capsys.readouterr().out
 
 
-def test_evaluation_refuses_other_classes(tiny: TinyRun, trained: Path, tmp_path: Path,
-                                          capsys: pytest.CaptureFixture) -> None:
+def test_evaluation_refuses_other_classes(
+    tiny: TinyRun, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     other = TinyRun(tmp_path)
     (other.data / "train/emu").rename(other.data / "train/owl")
     (other.data / "val/emu").rename(other.data / "val/owl")
@@ -95,7 +116,9 @@ def test_evaluation_refuses_other_classes(tiny: TinyRun, trained: Path, tmp_path
     assert "class 2 is 'emu' there and 'owl' here" in capsys.readouterr().out
 
 
-def test_throughput_needs_no_data(tiny: TinyRun, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_needs_no_data(
+    tiny: TinyRun, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(main_eval, "THROUGHPUT_SECONDS", 0.1)
     main_eval.main(["--cfg", str(tiny.cfg), "--output", str(tiny.output), "--throughput"])
     assert "images/s" in capsys.readouterr().out
@@ -105,20 +128,37 @@ def test_extending_a_finished_run_needs_leave(tiny: TinyRun, trained: Path, caps
     resume = ("--resume", trained / "checkpoint_last.pth", "--epochs", 3)
     with pytest.raises(SystemExit):
         tiny.train(*resume, tag="longer")
-    assert "TRAIN.EPOCHS: 2 in the checkpoint, 3 now (allow with --allow-change TRAIN.EPOCHS)" in capsys.readouterr().out
+    assert (
+        "TRAIN.EPOCHS: 2 in the checkpoint, 3 now (allow with --allow-change TRAIN.EPOCHS)" in capsys.readouterr().out
+    )
     folder = tiny.train(*resume, "--allow-change", "TRAIN.EPOCHS", tag="longer")
     assert [row["epoch"] for row in rows(folder)] == [3]
 
 
-def test_fine_tuning_replaces_the_head(tiny: TinyRun, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_fine_tuning_replaces_the_head(
+    tiny: TinyRun, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     other = TinyRun(tmp_path)
     for split in ("train", "val"):
         (other.data / split / "fox").mkdir()
         for file in (other.data / split / "cat").iterdir():
             (other.data / split / "fox" / file.name).write_bytes(file.read_bytes())
     source = trained / "checkpoint_last.pth"
-    words = ("--pretrained", source, "--epochs", 1, "--opts", "MODEL.NUM_CLASSES", 4, "TRAIN.BASE_LR", 1e-12, "TRAIN.MIN_LR", 0,
-             "TRAIN.WARMUP_LR", 0)
+    words = (
+        "--pretrained",
+        source,
+        "--epochs",
+        1,
+        "--opts",
+        "MODEL.NUM_CLASSES",
+        4,
+        "TRAIN.BASE_LR",
+        1e-12,
+        "TRAIN.MIN_LR",
+        0,
+        "TRAIN.WARMUP_LR",
+        0,
+    )
     tuned = weights(other.train(*words) / "checkpoint_last.pth")
     out = capsys.readouterr().out
     assert "2 of another shape" in out
@@ -134,16 +174,22 @@ def test_published_checkpoint_is_evaluated_and_fine_tuned(tiny: TinyRun, trained
     published = tmp_path / "published.pth"
     config = CfgNode({"MODEL": CfgNode({"NAME": "theirs"})})
     renamed = {f"module.{key}": value for key, value in to_published(weights(trained / "checkpoint_best.pth")).items()}
-    torch.save({"model": renamed, "optimizer": {}, "lr_scheduler": {}, "max_accuracy": 1.0, "epoch": 3, "config": config},
-               published)
+    torch.save(
+        {"model": renamed, "optimizer": {}, "lr_scheduler": {}, "max_accuracy": 1.0, "epoch": 3, "config": config},
+        published,
+    )
     ours, theirs = tiny.evaluate(trained / "checkpoint_best.pth"), tiny.evaluate(published, tag="published")
     assert (ours["acc1"], ours["loss"]) == (theirs["acc1"], theirs["loss"])
     tiny.train("--pretrained", published, "--epochs", 1, tag="tuned")
 
 
-def test_weights_of_another_architecture_are_refused(tiny: TinyRun, trained: Path, capsys: pytest.CaptureFixture) -> None:
+def test_weights_of_another_architecture_are_refused(
+    tiny: TinyRun, trained: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit):
-        tiny.train("--pretrained", trained / "checkpoint_last.pth", "--opts", "MODEL.STRIP_MLP.EMBED_DIM", 16, tag="other")
+        tiny.train(
+            "--pretrained", trained / "checkpoint_last.pth", "--opts", "MODEL.STRIP_MLP.EMBED_DIM", 16, tag="other"
+        )
     out = capsys.readouterr().out
     assert "of another shape" in out
     assert "does not fit the model" in out
@@ -170,8 +216,20 @@ def test_mixed_precision(tiny: TinyRun, amp: str) -> None:
 
 def test_accumulation_equals_a_larger_batch(tiny: TinyRun) -> None:
     """Without BatchNorm and mixup, two batches of four give the update of one batch of eight."""
-    model = ("MODEL.TYPE", "timm", "MODEL.TIMM_NAME", "test_convnext", "AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0,
-             "MODEL.DROP_PATH_RATE", 0.0, "AUG.REPROB", 0.0)
+    model = (
+        "MODEL.TYPE",
+        "timm",
+        "MODEL.TIMM_NAME",
+        "test_convnext",
+        "AUG.MIXUP",
+        0.0,
+        "AUG.CUTMIX",
+        0.0,
+        "MODEL.DROP_PATH_RATE",
+        0.0,
+        "AUG.REPROB",
+        0.0,
+    )
     large = tiny.train("--batch-size", 8, "--opts", *model, tag="large")
     small = tiny.train("--batch-size", 4, "--accumulation-steps", 2, "--opts", *model, tag="small")
     assert rows(large)[-1]["step"] == rows(small)[-1]["step"] == 6
