@@ -1,0 +1,58 @@
+"""What the README says exists: files, flags, commands, code."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from utils.cli import build_parser
+from utils.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("main.py", "main_eval.py")
+
+
+def blocks(page: Path, language: str = "") -> list[str]:
+    """Fenced code blocks of ``page`` in ``language``."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words after the program of every command line of main.py and main_eval.py in the page's plain blocks."""
+    found = []
+    for block in [text for language in ("", "bash", "sh") for text in blocks(page, language)]:
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else []
+            for program in PROGRAMS:
+                if program in words and "..." not in words:
+                    found.append(words[words.index(program) + 1 :])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    text = page.read_text()
+    named = set(re.findall(r"\b(?:configs|models|data|utils|tests|tools|docs)/[\w/.-]*[\w/]", text))
+    named |= {match for match in re.findall(r"[\w/.-]+\.py\b", text) if not match.startswith((".", "/"))}
+    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("words", commands(ROOT / "README.md"), ids=" ".join)
+def test_commands_are_understood(words: list[str]) -> None:
+    args = build_parser().parse_args([word.replace("<", "").replace(">", "") for word in words])
+    load_config(ROOT / args.cfg, args.opts)
+
+
+def test_there_are_commands() -> None:
+    assert len(commands(ROOT / "README.md")) >= 5
+
+
+@pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"))
+def test_code_runs(code: str) -> None:
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert tuple(names["logits"].shape) == (2, 10)
+    assert tuple(names["features"].shape) == (2, 640, 8, 8)
