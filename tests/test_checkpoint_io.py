@@ -288,7 +288,8 @@ def dotted(node: ast.AST) -> str:
 FORBIDDEN = (
     "torch.load", "pickle.load", "pickle.loads", "Unpickler", "marshal.", "shelve.", "joblib.", "dill.", "cloudpickle.",
     "load_state_dict_from_url", "hub.load", "checkpoint.load", "dcp.load", "jit.load", "export.load",
-    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "merge_from_file", "load_cfg", "import_module", "runpy.", "os.system",
+    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "merge_from_file", "load_cfg", "import_module", "runpy.",
+    "os.system",
 )
 
 
