@@ -227,7 +227,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
-        ("loss (nats)", {"train": "train_loss", "validation": "val_loss"}),
+        ("loss (nats)", {"training objective": "train_loss", "validation cross-entropy": "val_loss"}),
         ("validation accuracy (%)", {"top-1": "val_acc1", "top-5": "val_acc5"}),
         ("learning rate", {"": "lr"}),
     )
