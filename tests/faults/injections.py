@@ -3,6 +3,7 @@
 ``step`` counts optimizer updates from 0: a fault at step 7 strikes when seven updates are done and the eighth begins.
 """
 
+import errno
 import json
 import os
 import resource
@@ -130,12 +131,28 @@ def signal_in_evaluation(number: int, epoch: int) -> None:
     main.evaluate = evaluate
 
 
-def slow_save(seconds: float, signals: tuple[int, ...] = ()) -> None:
-    """Write checkpoints in twenty pieces that take ``seconds`` together, with signals to this process between them."""
+def _replace_save(step: int, write) -> None:
+    """Let ``write(payload, file, original)`` write the checkpoints from a step on."""
     original = torch.save
+
+    def save(payload: Any, file, **options) -> None:
+        # torch also calls torch.save, to send tensors between processes
+        if isinstance(payload, dict) and "progress" in payload and payload["progress"]["global_step"] >= step:
+            write(payload, file, original)
+        else:
+            original(payload, file, **options)
+
+    torch.save = save
+
+
+def slow_save(seconds: float, signals: tuple[int, ...] = (), step: int = 0) -> None:
+    """Write checkpoints in twenty pieces that take ``seconds`` together, from a step on.
+
+    Between the pieces, ``signals`` come one by one to this process.
+    """
     waiting = list(signals)
 
-    def save(payload: Any, file) -> None:
+    def write(payload: Any, file, original) -> None:
         buffer = BytesIO()
         original(payload, buffer)
         data = buffer.getvalue()
@@ -146,21 +163,17 @@ def slow_save(seconds: float, signals: tuple[int, ...] = ()) -> None:
             if waiting:
                 os.kill(os.getpid(), waiting.pop(0))
 
-    torch.save = save
+    _replace_save(step, write)
 
 
 def failing_save(step: int, message: str) -> None:
     """Make torch.save raise from a step on, after it has written a part."""
-    original = torch.save
 
-    def save(payload: Any, file) -> None:
-        if payload["progress"]["global_step"] < step:
-            original(payload, file)
-            return
+    def write(payload: Any, file, original) -> None:
         file.write(b"x" * 1000)
         raise RuntimeError(message)
 
-    torch.save = save
+    _replace_save(step, write)
 
 
 class Unpicklable:
@@ -181,13 +194,21 @@ def unpicklable_entry(step: int) -> None:
     main.capture = capture
 
 
-def full_disk(step: int, limit: int) -> None:
-    """Let no file grow beyond ``limit`` bytes from the checkpoint of a step on: the kernel refuses the write."""
+def full_disk(step: int, limit: int, *, entirely: bool = False) -> None:
+    """Let no file grow beyond ``limit`` bytes from the checkpoint of a step on: the kernel refuses the write.
+
+    ``entirely`` refuses status.json too.
+    """
     original = checkpoint_store.write_checkpoint
+
+    def refuse(path, _text) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     def write_checkpoint(path, payload) -> None:
         if payload["progress"]["global_step"] >= step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            if entirely:
+                runtime.write_text_atomic = refuse
         original(path, payload)
 
     checkpoint_store.write_checkpoint = write_checkpoint
