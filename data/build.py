@@ -61,7 +61,6 @@ def _loader(
         collate_fn=collate,
         drop_last=drop_last,
         pin_memory=config.DATA.PIN_MEMORY and torch.device(device).type == "cuda",
-        persistent_workers=num_workers > 0,
         timeout=config.DATA.LOADER_TIMEOUT if num_workers else 0,
         # a stream of its own: starting workers must not draw from the training's
         generator=torch.Generator().manual_seed(integer_seed(config.SEED, get_rank())),

@@ -139,6 +139,7 @@ class FinishedSource:
             pixels.flush()
             unfinished.replace(self._file)
         finally:
+            loader.close()
             unfinished.unlink(missing_ok=True)
         logger.info("wrote the validation cache %s (%.2f GB)", self._file, self._file.stat().st_size / 1e9)
 

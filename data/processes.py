@@ -21,7 +21,8 @@ def once_per_machine(action: Callable[[], object], *, what: str) -> None:
         try:
             action()
         except (OSError, RuntimeError, ValueError) as error:
-            failure, cause = f"{what} failed: {error} [{type(error).__name__}]", error
+            reason = str(error).strip().splitlines()[-1:]  # the errors of data workers begin with their traceback
+            failure, cause = f"{what} failed: {''.join(reason)} [{type(error).__name__}]", error
     failures = [text for text in gather_objects(failure) if text]  # also the barrier that the others wait at
     if failures:
         raise RuntimeError("; ".join(sorted(set(failures)))) from cause

@@ -4,10 +4,15 @@ import atexit
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader
+
+_JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNAL_SECONDS = 0.5
+_KILL_SECONDS = 5  # a process in an uninterruptible read of a dead network disk ends later, or never
 
 
 class WorkerInit:
@@ -23,38 +28,87 @@ class WorkerInit:
         self._pids = torch.zeros(max(num_workers, 1), dtype=torch.int64).share_memory_()
 
     def __call__(self, worker_id: int) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in _JOB_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
         torch.set_num_threads(1)
         self._pids[worker_id] = os.getpid()
 
     def kill_remaining(self) -> None:
-        """Kill the workers that still run; for the exit of the process that started them."""
+        """Kill the workers that still run. For the main thread of the process that started them."""
         pids = set(self._pids.tolist())
         remaining = [child for child in multiprocessing.active_children() if child.pid in pids]
-        if remaining:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths as an error
+        if not remaining:
+            return
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report their deaths as an error
         for child in remaining:
             child.kill()
+        for child in remaining:
+            child.join(_KILL_SECONDS)
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class ImageLoader(DataLoader):
-    """DataLoader whose workers survive the signals of a job, never outlive it, and whose failures give advice."""
+    """DataLoader whose workers survive the signals of a job, never outlive it, and whose failures give advice.
+
+    The workers persist from one pass to the next. An error while batches are fetched stops them; otherwise ``close``
+    does, or the end of the process.
+    """
 
     def __init__(self, *args, num_workers: int, **kwargs) -> None:
-        start_up = WorkerInit(num_workers)
-        super().__init__(*args, num_workers=num_workers, worker_init_fn=start_up, **kwargs)
+        self._start_up = WorkerInit(num_workers)
+        super().__init__(
+            *args,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=self._start_up,
+            **kwargs,
+        )
         if num_workers:
-            atexit.register(start_up.kill_remaining)
+            atexit.register(self._start_up.kill_remaining)
 
     def __iter__(self) -> Iterator:
+        # a worker inherits the mask, so a signal before its start-up has run does not kill it
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
         try:
-            yield from super().__iter__()
-        except RuntimeError as error:
+            iterator = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            yield from _batches(iterator)
+        except Exception as error:
             advice = _advice(str(error))
+            if advice is not None:
+                self._start_up.kill_remaining()  # torch would wait five seconds for each one that hangs
+            self._stop(iterator)
             if advice is None:
                 raise
             raise RuntimeError(f"{error}\n{advice}") from error
+
+    def close(self) -> None:
+        """Stop the workers. A later pass starts new ones.
+
+        Do not leave this to the garbage collector where an exception keeps the loader alive: it finalises the parts of
+        such a cycle in any order, and an iterator that is finalised after its pipes writes to, and closes, files that
+        belong to others.
+        """
+        if self._iterator is not None:
+            self._stop(self._iterator)
+
+    def _stop(self, iterator: object) -> None:
+        shutdown = getattr(iterator, "_shutdown_workers", None)  # absent without workers
+        if shutdown is not None:
+            shutdown()
+        self._iterator = None
+
+
+def _batches(iterator: Iterator) -> Iterator:
+    """Yield from a DataLoader's iterator; losing the connection to a worker is the RuntimeError that its death is."""
+    try:
+        yield from iterator
+    except (OSError, EOFError) as error:
+        time.sleep(_SIGNAL_SECONDS)  # in which torch's handler of SIGCHLD says which worker died of what
+        raise RuntimeError(f"DataLoader worker exited unexpectedly: {error!r}") from error
 
 
 def _advice(message: str) -> str | None:
