@@ -153,6 +153,8 @@ def start(state: TrainState, session: Session, allow_change: Sequence[str]) -> N
         if done:
             state.scheduler.step_update(done - 1)
         progress = state.progress
+        if config.MODEL.PRETRAINED:
+            logger.info("--pretrained %s is not read: the run goes on from a checkpoint", config.MODEL.PRETRAINED)
         logger.info("resumed from %s: epoch %d, update %d, best top-1 %.2f %%", path, progress.epoch,
                     progress.global_step, progress.best_acc1)
     elif config.MODEL.PRETRAINED:
