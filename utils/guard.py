@@ -74,7 +74,7 @@ class NonFiniteGuard:
 
     Attributes:
         history: the last ``2 * limit`` updates' records, as passed to ``begin``, for the dump that
-            ``tools/replay.py`` reads.
+            ``tools/replay.py`` reads, with the loss and the gradient norm that came out.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, limit: int) -> None:
@@ -91,17 +91,21 @@ class NonFiniteGuard:
         self.history.append(record)
 
     @torch.no_grad()
-    def finish(self, optimizer: Optimizer, scaler: torch.amp.GradScaler, grad_norm: Tensor) -> Tensor:
+    def finish(
+        self, optimizer: Optimizer, scaler: torch.amp.GradScaler, grad_norm: Tensor, loss: Tensor | None = None
+    ) -> Tensor:
         """Step the optimizer, or leave everything as it was if ``grad_norm`` is not finite.
 
         Args:
             optimizer: a fused optimizer; it sees the decision as ``found_inf``.
             scaler: its ``unscale_`` has been called on ``optimizer``; ``update`` is called here.
             grad_norm: norm of the unscaled gradients after the all-reduce, hence equal on all processes.
+            loss: this process's loss, remembered with the norm in the update's record.
 
         Returns:
             A boolean tensor on the device: whether the update was skipped.
         """
+        self.history[-1].update(loss=loss, grad_norm=grad_norm)  # on the device: nobody waits for them here
         bad = ~torch.isfinite(grad_norm)
         optimizer.found_inf = bad.to(torch.float32)
         optimizer.step()

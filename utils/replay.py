@@ -19,7 +19,7 @@ def write_dump(state: TrainState, facts: dict[str, Any], directory: Path, sample
     """Write ``nonfinite_step_N.pth``. Collective.
 
     The weights and the optimizer are those that the update met, because a skipped update changes nothing. Each
-    process adds its random stream and its samples' indices and names.
+    process adds its random stream, its samples' indices and names, and its loss and the gradient norm.
 
     Args:
         state: the live state, right after a skipped update.
@@ -31,6 +31,7 @@ def write_dump(state: TrainState, facts: dict[str, Any], directory: Path, sample
         CheckpointError: on all processes alike, if rank 0 could not write.
     """
     record = dict(state.guard.history[-1])
+    record["loss"], record["grad_norm"] = float(record["loss"]), float(record["grad_norm"])
     record["names"] = [[sample_name(int(i)) for i in micro] for micro in record["indices"]]
     records = gather_objects(record)
     payload = {**capture(state, facts), "update": records}
