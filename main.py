@@ -183,7 +183,7 @@ def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: 
         loss = accumulate_gradients(model, group, state, session)
         state.scaler.unscale_(state.optimizer)
         grad_norm = clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD or math.inf)
-        skipped = state.guard.finish(state.optimizer, state.scaler, grad_norm)
+        skipped = state.guard.finish(state.optimizer, state.scaler, grad_norm, loss)
         state.optimizer.zero_grad()
 
         images = len(group) * config.DATA.BATCH_SIZE * session.run.world_size
