@@ -28,13 +28,14 @@ from utils.checkpoint import Progress, TrainState, capture, read_training_state,
 from utils.checkpoint_io import resolve_source
 from utils.checkpoint_store import BEST, LAST, CheckpointStore
 from utils.cli import parse
+from utils.data_wait import DataWatch
 from utils.evaluation import EvalResult, EvaluationStopped, averaged_batchnorm, evaluate
 from utils.guard import NonFiniteError, NonFiniteGuard, poison_nonfinite
 from utils.losses import build_criterion
 from utils.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.metrics import RunningMeans, StepTimer, epoch_row, log_step, record_epoch, trim_metrics
 from utils.optimizer import build_optimizer
-from utils.parallel import warm_up, wrap_for_training
+from utils.parallel import bring_up, wrap_for_training
 from utils.precision import build_precision
 from utils.pretrained import load_weights
 from utils.replay import write_dump
@@ -131,10 +132,7 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
                 session.accumulation, session.updates_per_epoch, lrs.base)
     guard = NonFiniteGuard(model, run.device, config.TRAIN.MAX_NONFINITE)
     state = TrainState(model, optimizer, scheduler, session.precision.scaler, guard, RunningMeans(run.device), ema)
-    if run.world_size > 1 or run.device.type == "cuda":
-        batch = config.DATA.BATCH_SIZE if run.device.type == "cuda" else 2
-        shape = (batch, config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
-        warm_up(ddp_model, shape, device=run.device, autocast=session.precision.autocast)
+    bring_up(ddp_model, config, device=run.device, world_size=run.world_size, autocast=session.precision.autocast)
     return ddp_model, state
 
 
@@ -171,13 +169,13 @@ def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: 
 
     Returns early, between two updates, when the processes agree to stop.
     """
-    config, progress, timer = session.config, state.progress, StepTimer()
+    config, progress, timer = session.config, state.progress, StepTimer(session.run.device)
+    watch = DataWatch(config, session.loader.num_workers)
     session.loader.sampler.set_progress(progress.epoch, progress.samples_seen)
     if progress.samples_seen == 0:
         state.means = RunningMeans(session.run.device)
     model.train()
-    for group in update_groups(session, state):
-        timer.data_ready()
+    for group in timer.fetched(update_groups(session, state)):
         lr = state.optimizer.param_groups[0]["lr"]
         state.guard.begin(update_record(progress, group))
         loss = accumulate_gradients(model, group, state, session)
@@ -206,7 +204,9 @@ def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: 
         if session.stop.save_due or (config.TRAIN.SAVE_STEPS and progress.global_step % config.TRAIN.SAVE_STEPS == 0):
             save(state, session)
     check_finite(state, session)
-    return epoch_row(state.means, timer, device=session.run.device)
+    row = epoch_row(state.means, timer, device=session.run.device)
+    watch.report(row["data_wait"], row["seconds"])
+    return row
 
 
 def accumulate_gradients(
@@ -275,7 +275,8 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> No
 def validate(state: TrainState, session: Session) -> EvalResult:
     """Evaluate the model, or its averaged weights if there are any, on the whole validation set."""
     model = state.eval_model
-    with averaged_batchnorm(model):
+    # a compiled model: a last, smaller batch is no reason to compile again
+    with averaged_batchnorm(model), torch.compiler.set_stance("eager_on_recompile"):
         return evaluate(model, session.val_loader, device=session.run.device, autocast=session.precision.autocast,
                         batch_transform=session.val_transform, should_stop=session.stop.poll)
 

@@ -160,6 +160,12 @@ class StripMLPNet(nn.Module):
         """Keep only the input of each block for the backward pass, which then runs the block a second time."""
         self.grad_checkpointing = enable
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block in place (``torch.compile`` with `options`); the blocks of a stage share their graphs."""
+        for stage in self.stages:
+            for block in stage:
+                block.compile(**options)
+
     def no_weight_decay(self) -> set[str]:
         """Names exempt from weight decay beyond 1-D parameters and biases: none, as published."""
         return set()

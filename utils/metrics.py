@@ -5,10 +5,11 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from utils.distributed import all_reduce_sum
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class RunningMeans:
@@ -63,7 +66,7 @@ class Pace:
 
     Attributes:
         images_per_second: over all processes.
-        wait_share: share of the time, 0 to 1, that this process waited for data.
+        wait_share: share of the time, 0 to 1, that this process's device waited for data.
         seconds, steps: length of the stretch.
     """
 
@@ -74,42 +77,66 @@ class Pace:
 
 
 class StepTimer:
-    """Splits the wall-clock time of the training loop into waiting for data and computing.
+    """Splits the time of the training loop into waiting for data and computing.
 
-    On a GPU the computing share is what the host sees; a stretch that ends with a read from the device has true times.
+    On the CPU waiting is the time that fetching a batch takes. A GPU works on while the host fetches: there it is the
+    time that the GPU has nothing left to do meanwhile, measured by its own events and read where the host waits anyway.
+
+    Args:
+        device: which one computes.
     """
 
-    def __init__(self) -> None:
-        self._mark = time.perf_counter()
-        self._now = [self._mark, 0.0, 0, 0]  # time, seconds waited, images, steps
-        self._start = self._lap = list(self._now)
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._fetches: list[tuple[Any, Any]] = []  # marks before and after, of those not yet summed up
+        self._done = [time.perf_counter(), 0.0, 0, 0]  # time, seconds waited, images, steps
+        self._start = self._lap = list(self._done)
 
-    def data_ready(self) -> None:
-        """Call when a batch has arrived: the time since the last mark was waiting."""
-        now = time.perf_counter()
-        self._now[1] += now - self._mark
-        self._mark = now
+    def fetched(self, groups: Iterable[T]) -> Iterator[T]:
+        """Pass on what ``groups`` yields; while it makes the next one, the loop waits for data."""
+        iterator = iter(groups)
+        while True:
+            before = self._mark()
+            try:
+                group = next(iterator)
+            except StopIteration:
+                return
+            self._fetches.append((before, self._mark()))
+            yield group
 
     def step_done(self, images: int) -> None:
         """Call when the step on ``images`` images (over all processes) has been launched."""
-        self._mark = time.perf_counter()
-        self._now[2] += images
-        self._now[3] += 1
+        self._done[2] += images
+        self._done[3] += 1
 
     def lap(self) -> Pace:
-        """Pace since the last call of this method."""
+        """Pace since the last call of this method; waits for the device."""
         since, self._lap = self._lap, self._until_now()
-        return self._pace(since)
+        return self._pace(since, self._lap)
 
     def total(self) -> Pace:
-        """Pace since the timer was made."""
-        return self._pace(self._start)
+        """Pace since the timer was made; waits for the device."""
+        return self._pace(self._start, self._until_now())
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _until_now(self) -> list[float]:
-        return [time.perf_counter(), *self._now[1:]]
+        for before, after in self._fetches:
+            if self._on_gpu:
+                after.synchronize()
+            self._done[1] += before.elapsed_time(after) / 1000 if self._on_gpu else after - before
+        self._fetches.clear()
+        self._done[0] = time.perf_counter()
+        return list(self._done)
 
-    def _pace(self, since: list[float]) -> Pace:
-        seconds, waited, images, steps = (now - then for now, then in zip(self._until_now(), since, strict=True))
+    @staticmethod
+    def _pace(since: list[float], until: list[float]) -> Pace:
+        seconds, waited, images, steps = (now - then for now, then in zip(until, since, strict=True))
         return Pace(images / max(seconds, 1e-9), waited / max(seconds, 1e-9), seconds, int(steps))
 
 

@@ -1,6 +1,8 @@
-"""The model's distributed wrapper, and the passes that bring it into its steady state."""
+"""The model's distributed wrapper, its compilation, and the passes that bring it into its steady state."""
 
 import inspect
+import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -11,6 +13,10 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from utils.checkpoint import random_state, set_random_state
 from utils.guard import BufferBackup, batchnorm_buffers
+
+logger = logging.getLogger(__name__)
+
+GRAPHS_A_BLOCK = 64  # PyTorch's default, 8, is reached by two batch sizes; beyond it blocks silently run uncompiled
 
 
 def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> DistributedDataParallel:
@@ -39,6 +45,47 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
     unsynced = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                    gradient_as_bucket_view=True, **unsynced)
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile ``model`` in place with ``torch.compile``; the work itself is done by the next forward and backward pass.
+
+    A network that offers ``compile_blocks`` compiles its repeated blocks, which share graphs; any other is compiled as
+    a whole. Names in the state dict stay as they are. Shapes are fixed: another batch size compiles once more.
+    """
+    # The instances of a block share one cache of graphs: for each stage one for training, one for evaluation, ...
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_A_BLOCK)
+    compile_in_place = getattr(model, "compile_blocks", model.compile)
+    compile_in_place(dynamic=False)
+
+
+def bring_up(
+    model: DistributedDataParallel,
+    config,
+    *,
+    device: torch.device,
+    world_size: int,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Compile the model if ``TRAIN.COMPILE`` says so, and warm it up where that changes speed or bits.
+
+    All compiling happens here, for training and evaluation, so that no update of the run is slowed down by it; the log
+    says how long it took. Call it before any state is restored and after copies of the model have been made, because a
+    copy of a compiled model would be compiled anew.
+    """
+    compiles, on_gpu = config.TRAIN.COMPILE, device.type == "cuda"
+    if not (compiles or on_gpu or world_size > 1):
+        return
+    start = time.perf_counter()
+    image = (config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
+    batch = config.DATA.BATCH_SIZE if compiles or on_gpu else 2
+    if compiles:
+        logger.info("compiling the model; this takes a minute or more")
+        compile_model(model.module)
+    warm_up(model, (batch, *image), device=device, autocast=autocast)
+    if compiles:
+        warm_up_evaluation(model.module, (config.TEST.BATCH_SIZE or batch, *image), device=device, autocast=autocast)
+        logger.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
 
 
 def warm_up(
@@ -72,3 +119,19 @@ def warm_up(
         model.zero_grad()
     backup.restore_where(torch.ones((), dtype=torch.bool, device=device))
     set_random_state(streams)
+
+
+@torch.inference_mode()
+def warm_up_evaluation(
+    model: nn.Module,
+    shape: tuple[int, int, int, int],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Run one forward pass as the evaluation does it; leaves ``model`` in training mode."""
+    images = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+    model.eval()
+    with autocast():
+        model(images)
+    model.train()
