@@ -3,6 +3,7 @@
 ``step`` counts optimizer updates from 0: a fault at step 7 strikes when seven updates are done and the eighth begins.
 """
 
+import copy
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 
 import main
 from data.datasets import ImageDataset
-from utils import checkpoint_store, runtime
+from utils import checkpoint_store, replay, runtime
 
 
 def _rank() -> int:
@@ -273,3 +274,20 @@ def kill_after_report(epoch: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     main.record_epoch = record_epoch
+
+
+def dump_update(step: int) -> None:
+    """Write the dump of a healthy update, to check that replaying repeats it to the last bit."""
+    kept = {}
+
+    def keep(state, session, _group) -> None:
+        if state.progress.global_step == step:
+            kept["payload"] = copy.deepcopy(main.capture(state, session.facts))
+
+    def check_finite(state, session) -> None:
+        if "payload" in kept:
+            replay.capture = lambda *_: kept.pop("payload")
+            replay.write_dump(state, session.facts, session.run.output_dir, session.loader.dataset.sample_name)
+
+    _before_update(keep)
+    main.check_finite = check_finite

@@ -1,0 +1,231 @@
+"""Repeat the update at which a run gave up, because losses were not finite, and say where the first bad value arises.
+
+    python tools/replay.py output/NAME/TAG/nonfinite_step_000001234.pth [--data-path DIR] [--device cpu|cuda]
+
+The file holds the weights that the update met, each process's random streams, and the indices of its samples; the
+images are read again from where the run read them. The shares of several processes are computed one after another, with
+the same augmentation, mixing, stochastic depth and precision, and their gradients averaged.
+
+Exit code: 0 loss and gradient norm are those of the run, 1 they are not, 2 the file cannot be used.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_, convert_conv2d_weight_memory_format
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
+
+from data import build_batch_transform, build_dataset
+from data.collate import collate
+from models import build_model
+from utils.checkpoint import read_training_state, set_random_state
+from utils.checkpoint_io import CheckpointError
+from utils.config import load_config
+from utils.guard import poison_nonfinite
+from utils.losses import build_criterion
+from utils.precision import build_precision
+
+
+@dataclass
+class Share:
+    """What one process's part of the update came to.
+
+    Attributes:
+        loss: mean over its micro-batches.
+        samples: (index, name, loss) of each sample.
+        suspect: sentence about the first module with a non-finite output, or ''.
+    """
+
+    loss: float = 0.0
+    samples: list[tuple[int, str, float]] = field(default_factory=list)
+    suspect: str = ""
+
+
+class FirstNonFinite:
+    """Watches the outputs of all innermost modules and remembers the first one that is not finite."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._handles = [module.register_forward_hook(self._look(name)) for name, module in model.named_modules()
+                         if not any(module.children())]
+        self.found = ""
+
+    def __enter__(self) -> "FirstNonFinite":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _look(self, name: str):
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+            if self.found or not isinstance(output, Tensor) or torch.isfinite(output).all():
+                return
+            lines = [f"first module with a non-finite output: {name} ({type(module).__name__}): {describe(output)}"]
+            lines += [f"  its input: {describe(value)}" for value in inputs if isinstance(value, Tensor)]
+            lines += [f"  its {key}: {describe(value)}" for key, value in module.named_parameters()]
+            self.found = "\n    ".join(lines)
+
+        return hook
+
+
+class Replay:
+    """Model, data and precision of a dump, ready to repeat its update.
+
+    Args:
+        path: the dump.
+        data_path: where the data are now; None takes the run's place.
+        device: 'cpu' or 'cuda'.
+
+    Raises:
+        CheckpointError, ValueError, FileNotFoundError: the file or its data cannot be used.
+    """
+
+    def __init__(self, path: Path, *, data_path: str | None, device: str) -> None:
+        self.payload = read_training_state(path)
+        self.records = self.payload.get("update")
+        if not self.records:
+            raise CheckpointError(f"{path} is a checkpoint, not the dump of an update (nonfinite_step_N.pth)")
+        self.config = _config(self.payload["config"], data_path)
+        if self.config.TRAIN.SYNC_BN and len(self.records) > 1:
+            raise ValueError("TRAIN.SYNC_BN was on: the processes' shares depend on each other and cannot be repeated "
+                             "one after another")
+        self.device = torch.device(device)
+        self.dataset = build_dataset(self.config, is_train=True)
+        self.model = build_model(self.config).to(self.device)
+        convert_conv2d_weight_memory_format(self.model, torch.channels_last)  # as in training: the order of sums
+        self.precision = build_precision(self.config, self.device)
+        self.scaler = self.precision.scaler
+        if self.scaler.is_enabled():  # the skipped update has lowered the scale
+            scale = self.payload["scaler"]["scale"] / self.scaler.get_backoff_factor()
+            self.scaler.load_state_dict({**self.payload["scaler"], "scale": scale})
+
+    def run(self) -> tuple[list[Share], float]:
+        """Repeat the update; return each process's share and the gradient norm over all processes."""
+        total = [torch.zeros_like(p) for p in self.model.parameters()]
+        shares = []
+        for rank in range(len(self.records)):
+            shares.append(self._repeat(rank))
+            for summed, parameter in zip(total, self.model.parameters(), strict=True):
+                if parameter.grad is not None:
+                    summed += parameter.grad / len(self.records)
+        for summed, parameter in zip(total, self.model.parameters(), strict=True):
+            parameter.grad = summed
+        self.scaler.unscale_(torch.optim.SGD(self.model.parameters(), lr=0.0))
+        return shares, float(clip_grad_norm_(self.model.parameters(), math.inf))
+
+    def _repeat(self, rank: int) -> Share:
+        """Forward and backward of one process's micro-batches, as main.accumulate_gradients does them."""
+        record, own, share = self.records[rank], self.payload["rank_state"][rank], Share()
+        self.model.load_state_dict({**self.payload["model"], **own["buffers"]})
+        self.model.train()
+        self.model.zero_grad()
+        transform = build_batch_transform(self.config, is_train=True, device=self.device, rank=rank)
+        criterion = build_criterion(self.config, soft_targets=transform.mixes)
+        smoothing = 0.0 if transform.mixes else self.config.MODEL.LABEL_SMOOTHING
+        set_random_state(record["rng"])
+        total = torch.zeros((), device=self.device)
+        for number, micro in enumerate(record["indices"]):
+            images, targets, indices = collate([self.dataset[record["epoch"], int(index)] for index in micro])
+            update = record["step"] * max(1, self.config.TRAIN.ACCUMULATION_STEPS) + number
+            images, targets = transform(images, targets, indices, epoch=record["epoch"], update=update)
+            if not torch.isfinite(images).all():
+                share.suspect = share.suspect or f"the images themselves are not finite: {describe(images)}"
+            with ExitStack() as stack:
+                watch = stack.enter_context(FirstNonFinite(self.model))
+                stack.enter_context(self.precision.autocast())
+                logits = self.model(images)
+                loss = criterion(logits, targets) / len(record["indices"])
+            self.scaler.scale(poison_nonfinite(loss)).backward()
+            total += loss.detach()
+            each = F.cross_entropy(logits.detach().float(), targets, reduction="none", label_smoothing=smoothing)
+            share.samples += zip(micro.tolist(), record["names"][number], each.tolist(), strict=True)
+            share.suspect = share.suspect or watch.found
+        share.loss = float(total)
+        return share
+
+
+def describe(tensor: Tensor) -> str:
+    """Say how many values of a tensor are not finite and how large the others are."""
+    values = tensor.detach().float()
+    finite = torch.isfinite(values)
+    bad = int((~finite).sum())
+    largest = float(values[finite].abs().max()) if bool(finite.any()) else math.nan
+    count = f"{bad} of {values.numel()} values are not finite" if bad else "finite"
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, {count}, largest magnitude {largest:.3g}"
+
+
+def compare(recorded: float, repeated: float) -> tuple[str, bool]:
+    """Say whether two numbers agree: to the last bit, both not finite, or up to the order of a sum."""
+    if recorded == repeated or (math.isnan(recorded) and math.isnan(repeated)):
+        return "identical", True
+    if not math.isfinite(recorded) and not math.isfinite(repeated):
+        return "neither is finite", True
+    close = math.isclose(recorded, repeated, rel_tol=1e-4)
+    return ("equal up to rounding", True) if close else ("DIFFERENT", False)
+
+
+def report(replay: Replay, shares: list[Share], norm: float, *, shown: int) -> bool:
+    """Print what happened; return whether the update was repeated."""
+    records, first = replay.records, replay.records[0]
+    images = sum(len(share.samples) for share in shares)
+    print(f"update {first['step']} (epoch {first['epoch'] + 1}): {len(records)} process(es), {images} images, "
+          f"{replay.precision.description}")
+    repeated = True
+    for rank, (record, share) in enumerate(zip(records, shares, strict=True)):
+        verdict, same = compare(record["loss"], share.loss)
+        repeated &= same
+        print(f"process {rank}: loss {share.loss!r}, in the run {record['loss']!r}: {verdict}")
+        if share.suspect:
+            print(f"    {share.suspect}")
+        worst = sorted(share.samples, key=lambda sample: -sample[2] if math.isfinite(sample[2]) else -math.inf)
+        for index, name, loss in worst[:shown]:
+            print(f"    loss {loss:10.4g}  {name} (index {index})")
+    verdict, same = compare(first["grad_norm"], norm)
+    print(f"gradient norm: {norm!r}, in the run {first['grad_norm']!r}: {verdict}")
+    bad = [name for name, parameter in replay.model.named_parameters() if not torch.isfinite(parameter.grad).all()]
+    if bad:
+        print(f"    {len(bad)} parameters with a non-finite gradient, the last of them {bad[-1]}")
+    name, parameter = max(replay.model.named_parameters(), key=lambda item: float(item[1].detach().abs().max()))
+    print(f"largest weight: {name}, magnitude {float(parameter.detach().abs().max()):.3g}")
+    return repeated and same
+
+
+def _config(text: str, data_path: str | None):
+    """The run's config, with another place of the data if that is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config_of_the_run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path, overrides={"DATA.DATA_PATH": data_path} if data_path else None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Repeat the update at which a run gave up.")
+    parser.add_argument("dump", type=Path, help="nonfinite_step_N.pth in the run's output folder")
+    parser.add_argument("--data-path", help="where the data are now (default: where the run read them)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: %(default)s; only the run's kind of device repeats it to the last bit")
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="samples to name for each process")
+    args = parser.parse_args(argv)
+    try:
+        replay = Replay(args.dump, data_path=args.data_path, device=args.device)
+        shares, norm = replay.run()
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if report(replay, shares, norm, shown=args.samples) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
