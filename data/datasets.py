@@ -1,17 +1,18 @@
 """The data sets by name, and one sample of them: load, augment under its own seed, name it in every error."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from .builtin import cifar_source, digits_source
 from .caches import DecodedSource, FinishedSource
 from .image_io import ImageReadError
-from .seeding import integer_seed, seeded_streams
+from .seeding import integer_seed, seed_streams, streams_restored
 from .sources import ArraySource, FolderSource, Source
 from .transforms import Transform, build_transform
 from .zip_source import ZipSource
@@ -27,13 +28,14 @@ _MIN_BAD_ALLOWED = 10
 _MAX_BAD_SHARE = 0.01
 
 SampleKey = int | tuple[int, int]  # index (evaluation), or (epoch, index) (training)
+Sample = tuple[np.ndarray | torch.Tensor, int, int]  # image, target, index
 
 
 class ImageDataset(Dataset):
     """Images of a source, transformed, with label and index.
 
-    A key ``(epoch, index)`` seeds Python's, numpy's and torch's streams from ``(seed, epoch, index)`` around loading
-    and transforming; a plain index, for evaluation, leaves them alone.
+    A key ``(epoch, index)`` seeds Python's, numpy's and torch's streams from ``(seed, epoch, index)`` before loading
+    and transforming, and puts them back afterwards; a plain index, for evaluation, leaves them alone.
 
     Args:
         source: where the images come from.
@@ -59,26 +61,21 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | torch.Tensor, int, int]:
+    def __getitem__(self, key: SampleKey) -> Sample:
         """Return (image, target, index). ``index`` is that of the replacement where a bad image was skipped.
 
         Raises:
             ImageReadError: the image cannot be read; names path, index and class.
             RuntimeError: the transform failed on it; names them too.
         """
-        if not isinstance(key, tuple):
-            return self._get(int(key))
-        epoch, index = key
-        for attempt in range(_REPLACEMENT_TRIES):
-            try:
-                with seeded_streams(self._seed, epoch, index, restore=get_worker_info() is None):
-                    return self._get(index)
-            except ImageReadError as error:
-                if self._bad is None:
-                    raise ImageReadError(f"{error}; DATA.BAD_IMAGES skip trains without them") from error
-                self._note_bad(index, error)
-            index = integer_seed(self._seed, epoch, key[1], attempt) % len(self)
-        raise ImageReadError(f"{_REPLACEMENT_TRIES} images in a row could not be read, last {self.describe(index)}")
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[Sample]:
+        """Return the samples of several keys: what DataLoader calls for a batch."""
+        if not isinstance(keys[0], tuple):
+            return [self._get(int(key)) for key in keys]
+        with streams_restored():  # once a batch: it takes longer than to seed
+            return [self._get_seeded(*key) for key in keys]
 
     def sample_name(self, index: int) -> str:
         """Path of image ``index``, or a name such as ``digits[17]``."""
@@ -94,7 +91,20 @@ class ImageDataset(Dataset):
         """Indices of the unreadable images met so far by this process and its workers."""
         return [] if self._bad is None else self._bad.nonzero().flatten().tolist()
 
-    def _get(self, index: int) -> tuple[np.ndarray | torch.Tensor, int, int]:
+    def _get_seeded(self, epoch: int, wanted: int) -> Sample:
+        index = wanted
+        for attempt in range(_REPLACEMENT_TRIES):
+            seed_streams(self._seed, epoch, index)
+            try:
+                return self._get(index)
+            except ImageReadError as error:
+                if self._bad is None:
+                    raise ImageReadError(f"{error}; DATA.BAD_IMAGES skip trains without them") from error
+                self._note_bad(index, error)
+            index = integer_seed(self._seed, epoch, wanted, attempt) % len(self)
+        raise ImageReadError(f"{_REPLACEMENT_TRIES} images in a row could not be read, last {self.describe(index)}")
+
+    def _get(self, index: int) -> Sample:
         try:
             image = self.transform(self.source.load(index))
         except ImageReadError as error:

@@ -70,6 +70,7 @@ class FolderSource:
 
     def __init__(self, root: str | Path, *, as_array: bool) -> None:
         self.root = Path(root)
+        self._prefix = os.path.join(root, "")
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"no folder {self.root}: DATA.DATA_PATH must hold train/CLASS/IMAGE and val/CLASS/IMAGE"
@@ -88,11 +89,11 @@ class FolderSource:
         self.as_array = as_array
 
     def name(self, index: int) -> str:
-        return str(self.root / self._paths[index])
+        return self._prefix + self._paths[index]
 
     def read(self, index: int) -> bytes:
         try:
-            with open(self.name(index), "rb") as file:
+            with open(self.name(index), "rb", buffering=0) as file:
                 return file.read()
         except OSError as error:
             raise ImageReadError(f"{error.strerror} [{type(error).__name__}]") from error
