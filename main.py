@@ -41,7 +41,7 @@ from utils.pretrained import load_weights
 from utils.replay import write_dump
 from utils.resume import check_classes, check_recipe, checkpoint_facts
 from utils.runtime import Run, start_run
-from utils.session import Session, update_groups
+from utils.session import Session, located_errors, update_groups
 from utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,10 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     if run.is_main:
         trim_metrics(run.output_dir / "metrics.jsonl", state.progress.epoch)
     while state.progress.epoch < config.TRAIN.EPOCHS:
-        row = train_one_epoch(model, state, session)
-        if not session.stop.agreed:
-            finish_epoch(state, session, row)
+        with located_errors(session, state):
+            row = train_one_epoch(model, state, session)
+            if not session.stop.agreed:
+                finish_epoch(state, session, row)
         if session.stop.agreed:
             path = save(state, session)
             same = config.TRAIN.AUTO_RESUME and not config.MODEL.RESUME

@@ -77,9 +77,14 @@ class Run:
     def write_failure(self, error: BaseException) -> None:
         """Write the state failed; on a disk that takes nothing any more, say so and leave ``error`` the last word."""
         try:
-            self.write_status("failed", error=f"{type(error).__name__}: {error}")
+            self.write_status("failed", error=f"{type(error).__name__}: {error_text(error)}")
         except OSError as problem:
             logger.warning("status.json could not be written: %s", problem)
+
+
+def error_text(error: BaseException) -> str:
+    """Message of an error with the notes that were added to it."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 @contextmanager
@@ -116,7 +121,7 @@ def start_run(config, *, locked: bool = True) -> Iterator[Run]:
     except BaseException as error:
         if not isinstance(error, (SystemExit, KeyboardInterrupt)):
             # the file gets the traceback of every error, the console only of those that the user did not cause
-            logger.error("rank %d stops: %s", get_rank(), error, exc_info=True,
+            logger.error("rank %d stops: %s", get_rank(), error_text(error), exc_info=True,
                          extra={"brief": isinstance(error, USER_ERRORS)})
         # The peers may be dead or stuck in a collective: leaving without a goodbye is what ends them.
         if is_distributed() and get_world_size() == 1:

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -74,6 +74,24 @@ class Session:
         """
         in_epoch = math.ceil(progress.samples_seen / global_batch_size(self.config, self.run.world_size))
         return progress.epoch * self.updates_per_epoch + min(in_epoch, self.updates_per_epoch)
+
+
+@contextmanager
+def located_errors(session: Session, state: TrainState) -> Iterator[None]:
+    """Note in an error from inside where the run was, and what it usually means when a data worker is killed.
+
+    PyTorch reports that death wherever the process happens to be, not only where batches are fetched.
+    """
+    try:
+        yield
+    except Exception as error:
+        place = session.where(state.progress)
+        if place not in str(error):
+            error.add_note(f"at {place}")
+        if "DataLoader worker" in str(error) and "DATA.NUM_WORKERS" not in str(error):
+            error.add_note("a data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
+                           "container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE")
+        raise
 
 
 def update_groups(session: Session, state: TrainState) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
