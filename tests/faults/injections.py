@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import main
-from data.datasets import ImageDataset
+from data.sources import FolderSource
 from utils import checkpoint_store, replay, runtime
 
 
@@ -215,28 +215,26 @@ def full_disk(step: int, limit: int, *, entirely: bool = False) -> None:
     checkpoint_store.write_checkpoint = write_checkpoint
 
 
+def _while_reading(index: int, action) -> None:
+    """Call ``action`` when image ``index`` of a folder is about to be read."""
+    original = FolderSource.load
+
+    def load(self, number):
+        if number == index:
+            action()
+        return original(self, number)
+
+    FolderSource.load = load
+
+
 def killed_worker(index: int) -> None:
-    """Kill the data worker that is to read a training image, as the kernel does when memory runs out."""
-    original = ImageDataset.__getitem__
-
-    def get(self, key):
-        if isinstance(key, tuple) and key[1] == index:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, key)
-
-    ImageDataset.__getitem__ = get
+    """Kill the data worker that is to read an image, as the kernel does when memory runs out."""
+    _while_reading(index, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def stuck_storage(index: int) -> None:
-    """Let the reading of a training image never return."""
-    original = ImageDataset.__getitem__
-
-    def get(self, key):
-        if isinstance(key, tuple) and key[1] == index:
-            time.sleep(3600)
-        return original(self, key)
-
-    ImageDataset.__getitem__ = get
+    """Let the reading of an image never return."""
+    _while_reading(index, lambda: time.sleep(3600))
 
 
 def failing_start(rank: int, message: str) -> None:
@@ -291,3 +289,15 @@ def dump_update(step: int) -> None:
 
     _before_update(keep)
     main.check_finite = check_finite
+
+
+def signal_at_start(number: int, rank: int = 0) -> None:
+    """Send a signal to one process while it builds its model."""
+    original = main.build_model
+
+    def build_model(config):
+        if _rank() == rank:
+            os.kill(os.getpid(), number)
+        return original(config)
+
+    main.build_model = build_model
