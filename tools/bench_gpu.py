@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tools.bench_candidates import Candidate, Setting
+from tools.bench_candidates import Candidate, Setting, build_network
 from tools.bench_models import model_table
 from tools.bench_report import Table
 from tools.bench_timing import Stopwatch
@@ -43,17 +43,18 @@ def gpu_tables(
     settings = [Setting(mode, batch, img_size, device, channels_last=True)
                 for batch in batches for mode in ("train", "infer") if not (mode == "train" and batch == 1)]
     for variant in variants:
+        folds = hasattr(build_network(variant, img_size), "to_inference")
         for setting in settings:
+            forms = _forms(folds and setting.mode == "infer", compiled)
             for precision in precisions:
                 torch._dynamo.reset()  # graphs of the tables before are not needed any more
                 finished(model_table(
-                    [Candidate(variant, form, precision) for form in _forms(setting.mode, compiled)],
-                    [Candidate(name, form, precision) for name in baselines
-                     for form in (("eager", "compiled") if compiled else ("eager",))],
-                    setting, stopwatch=stopwatch, rounds=rounds, min_seconds=0.5, memory=True,
+                    [Candidate(variant, form, precision) for form in forms],
+                    [Candidate(name, form, precision) for name in baselines for form in _forms(False, compiled)],
+                    setting, stopwatch=stopwatch, rounds=rounds, min_seconds=0.5, memory=device.type == "cuda",
                 ))
 
 
-def _forms(mode: str, compiled: bool) -> list[str]:
-    forms = ["eager", "compiled"] if mode == "train" else ["eager", "inference", "compiled", "inference-compiled"]
+def _forms(inference: bool, compiled: bool) -> list[str]:
+    forms = ["eager", "compiled", *(["inference", "inference-compiled"] if inference else [])]
     return [form for form in forms if compiled or not form.endswith("compiled")]

@@ -49,7 +49,7 @@ def end_to_end_table(cfg: Path, overrides: dict, opts: Sequence[str], *, updates
         rounds: measurements of each, interleaved, after one for warm-up.
 
     Raises:
-        ValueError: the data set is too small.
+        SystemExit: what the run's log says, such as a data set that is too small.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(cfg, opts, {**overrides, "OUTPUT": folder, "PRINT_FREQ": updates})

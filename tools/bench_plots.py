@@ -26,7 +26,7 @@ PUBLISHED = {
 
 # Operation names that contain a word belong to its group; the first match counts.
 _GROUPS = {
-    "convolution": ("conv",),
+    "convolution, 1x1 too": ("conv",),
     "matrix product": ("addmm", "aten::mm", "bmm", "matmul", "gemm", "linear", "attention", "flash"),
     "normalisation": ("norm", "batch_norm"),
     "activation, softmax": ("gelu", "relu", "softmax", "sigmoid"),
