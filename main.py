@@ -133,7 +133,8 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
                 session.accumulation, session.updates_per_epoch, lrs.base)
     guard = NonFiniteGuard(model, run.device, config.TRAIN.MAX_NONFINITE)
     state = TrainState(model, optimizer, scheduler, session.precision.scaler, guard, RunningMeans(run.device), ema)
-    bring_up(ddp_model, config, device=run.device, world_size=run.world_size, autocast=session.precision.autocast)
+    bring_up(ddp_model, config, averaged=ema.module if ema is not None else None, device=run.device,
+             world_size=run.world_size, autocast=session.precision.autocast)
     return ddp_model, state
 
 

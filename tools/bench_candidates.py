@@ -14,7 +14,7 @@ import models  # noqa: F401  registers strip_mlp_* with timm
 from tests.reference_model import ReferenceStripMLP
 from utils.parallel import compile_model
 
-FORMS = ("eager", "compiled", "inference", "inference-compiled")
+FORMS = ("eager", "compiled", "graphed", "inference", "inference-compiled", "inference-graphed")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +34,8 @@ class Candidate:
     Attributes:
         name: a timm model (``strip_mlp_tiny``, ``resnet50``, ...), or ``reference`` / ``reference_base`` / ...: the
             plain formulation of the published description (``tests/reference_model.py``).
-        form: ``eager``; ``compiled``; ``inference``, what ``to_inference()`` gives; or both.
+        form: ``eager``; ``compiled``; ``graphed``, compiled as a whole into a CUDA graph; ``inference``, what
+            ``to_inference()`` gives, or that compiled or graphed.
         precision: ``fp32``, ``tf32`` (GPU), ``bf16`` or ``fp16`` autocast.
     """
 
@@ -134,6 +135,8 @@ def _in_form(network: nn.Module, candidate: Candidate, setting: Setting) -> nn.M
         network = network.eval().to_inference()
     if candidate.form.endswith("compiled"):
         compile_model(network)
+    elif candidate.form.endswith("graphed"):
+        network.compile(dynamic=False, mode="reduce-overhead")
     return network
 
 

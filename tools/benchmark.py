@@ -8,9 +8,9 @@
     python tools/benchmark.py gpu --json gpu.json
 
 A model is NAME[:FORM][:PRECISION]: any timm model, or `reference` for the plain formulation of the published
-description; eager, compiled, inference, inference-compiled; fp32, tf32, bf16, fp16. All contestants of a table take
-turns in one process; a ratio is the median over the rounds (smallest - largest). What a number depends on is printed
-above the tables.
+description; eager, compiled, graphed (CUDA graph), inference, inference-compiled or inference-graphed; fp32, tf32, bf16
+or fp16. All contestants of a table take turns in one process; a ratio is the median over the rounds (smallest -
+largest). What a number depends on is printed above the tables.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import torch
 
 from tools.bench_candidates import PRECISIONS, Candidate, Setting
 from tools.bench_gpu import BASELINES, VARIANTS, gpu_tables
+from tools.bench_gpu import PRECISIONS as GPU_PRECISIONS
 from tools.bench_loader import CONFIG, loader_table, pipeline_configs, stage_table
 from tools.bench_loop import end_to_end_table, startup_table
 from tools.bench_models import model_table
@@ -104,8 +105,8 @@ def run_gpu(args: argparse.Namespace, report: Report) -> None:
     """All GPU tables."""
     if args.device.type != "cuda":
         raise ValueError("no GPU is visible; on a CPU use: tools/benchmark.py model")
-    gpu_tables(args.device, variants=args.variants, baselines=args.vs, batches=args.batch, rounds=args.rounds,
-               compiled=not args.no_compile, finished=report.add)
+    gpu_tables(args.device, variants=args.variants, baselines=args.vs, precisions=args.precision, batches=args.batch,
+               rounds=args.rounds, compiled=not args.no_compile, finished=report.add)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -150,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     gpu = commands.add_parser("gpu", parents=[common], help="everything that a GPU is asked for")
     gpu.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="MODEL")
     gpu.add_argument("--vs", nargs="+", default=list(BASELINES), metavar="MODEL")
+    gpu.add_argument("--precision", nargs="+", default=list(GPU_PRECISIONS), choices=PRECISIONS)
     gpu.add_argument("--batch", nargs="+", type=int, default=[128, 1])
     gpu.add_argument("--no-compile", action="store_true", help="leave out the compiled forms, which take minutes")
     gpu.set_defaults(run=run_gpu)

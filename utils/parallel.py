@@ -63,6 +63,7 @@ def bring_up(
     model: DistributedDataParallel,
     config,
     *,
+    averaged: nn.Module | None,
     device: torch.device,
     world_size: int,
     autocast: Callable[[], AbstractContextManager],
@@ -70,8 +71,15 @@ def bring_up(
     """Compile the model if ``TRAIN.COMPILE`` says so, and warm it up where that changes speed or bits.
 
     All compiling happens here, for training and evaluation, so that no update of the run is slowed down by it; the log
-    says how long it took. Call it before any state is restored and after copies of the model have been made, because a
-    copy of a compiled model would be compiled anew.
+    says how long it took. Call it before any state is restored.
+
+    Args:
+        model: the wrapped model.
+        config: frozen config.
+        averaged: the model that holds the moving averages and is evaluated in place of the other, if there is one; it
+            shares the compiled code.
+        device, world_size: where and in how many processes the run computes.
+        autocast: makes the context of the forward pass.
     """
     compiles, on_gpu = config.TRAIN.COMPILE, device.type == "cuda"
     if not (compiles or on_gpu or world_size > 1):
@@ -82,9 +90,12 @@ def bring_up(
     if compiles:
         logger.info("compiling the model; this takes a minute or more")
         compile_model(model.module)
+        if averaged is not None:
+            compile_model(averaged)
     warm_up(model, (batch, *image), device=device, autocast=autocast)
     if compiles:
-        warm_up_evaluation(model.module, (config.TEST.BATCH_SIZE or batch, *image), device=device, autocast=autocast)
+        evaluated = model.module if averaged is None else averaged
+        warm_up_evaluation(evaluated, (config.TEST.BATCH_SIZE or batch, *image), device=device, autocast=autocast)
         logger.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
 
 
@@ -129,9 +140,10 @@ def warm_up_evaluation(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> None:
-    """Run one forward pass as the evaluation does it; leaves ``model`` in training mode."""
+    """Run one forward pass as the evaluation does it; the model's mode is restored."""
     images = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+    was_training = model.training
     model.eval()
     with autocast():
         model(images)
-    model.train()
+    model.train(was_training)
