@@ -31,6 +31,8 @@ from utils.signals import StopRequest
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+# The CPU saves the work of samples that DropPath drops; elsewhere the host does not look at the draw.
+ON_THE_CPU_ALONE = {"models/layers.py:add_residual"}
 # nobody needs these to train; each takes up to seconds to import
 HEAVY = ("matplotlib", "sklearn", "scipy", "pandas", "onnx", "onnxruntime", "tensorboard", "IPython", "tools", "tests")
 
@@ -129,7 +131,7 @@ def test_no_host_reads_between_two_log_lines(tiny: TinyRun, monkeypatch: pytest.
         assert state.progress.global_step == 6
     data = {place for place in reads.places if place.startswith("data/")}  # the loader's tensors are on the host
     assert data
-    assert set(reads.places) == data
+    assert set(reads.places) - data <= ON_THE_CPU_ALONE
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; with one: CUDA_VISIBLE_DEVICES=0 python -m pytest")
