@@ -9,6 +9,7 @@ import torch
 
 from utils.distributed import get_local_world_size
 
+_MEMINFO = Path("/proc/meminfo")  # Linux
 _SHM = Path("/dev/shm")
 _USABLE_SHARE = 0.9
 
@@ -43,11 +44,11 @@ class SharedItems:
 
 def free_memory() -> int:
     """Bytes that shared memory can still take on this machine."""
-    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts reclaimable page cache as available, unlike sysconf
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    if _MEMINFO.exists():  # counts reclaimable page cache as available, unlike sysconf
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         limits = [int(fields["MemAvailable"].split()[0]) * 1024]
+    else:
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     if _SHM.is_dir():
         statistics = os.statvfs(_SHM)
         limits.append(statistics.f_bavail * statistics.f_frsize)

@@ -134,10 +134,11 @@ def pil_resize(picture: Picture, size: tuple[int, int], interpolation: str) -> I
 
 
 def torch_resize(picture: Picture, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """Resize with torch's antialiased uint8 kernel: about four times as fast, pixels within rounding of Pillow's.
+    """Resize with torch's antialiased uint8 kernel: about three times as fast, nearly the same pixels.
 
-    Pillow 13 changed the order of its two passes; torch agrees with the older order to 2/255 and with Pillow 13 to
-    about 8/255 (a few per cent of the pixels differ at all).
+    On 200 ImageNet photographs, against Pillow 13: evaluation images differ by 0.003/255 on average and 2/255 at most
+    (0.3 % of the values), training crops by 0.03/255 and 19/255 (2.7 %), because Pillow 13 shrinks the rows before the
+    columns where that is cheaper. torch keeps the order of older Pillow versions.
     """
     pixels = np.asarray(picture)
     pixels = pixels if pixels.flags.writeable else pixels.copy()  # torch takes no read-only memory
