@@ -99,6 +99,7 @@ def test_explicit_path_never_falls_back(starter, out, tmp_path, kind):
     assert {p.name: state_hash(p) for p in run_folder(out).glob("*.pth")} == before
 
 
+@SLOW
 def test_explicit_older_file_wins(starter, reference, out):
     """--resume of an older file, interrupted again: later files stand aside, the new course goes on."""
     folder = run_folder(out)
@@ -148,12 +149,13 @@ def test_evaluation_takes_the_named_file_only(starter, out):
     assert f"{step_file(run_folder(out), 8)}: top-1" in job.text()
 
 
+@SLOW
 @pytest.mark.parametrize(("opts", "key", "values"), (
-    pytest.param(("TRAIN.BASE_LR=1e-3",), "TRAIN.BASE_LR", ("0.002", "0.001"), id="rate"),
-    pytest.param(("--epochs", "3"), "TRAIN.EPOCHS", ("2", "3"), id="epochs", marks=SLOW),
-    pytest.param(("--seed", "5"), "SEED", ("0", "5"), id="seed", marks=SLOW),
-    pytest.param(("TRAIN.WEIGHT_DECAY=0.3",), "TRAIN.WEIGHT_DECAY", ("0.05", "0.3"), id="decay", marks=SLOW),
-))
+    (("TRAIN.BASE_LR=1e-3",), "TRAIN.BASE_LR", ("0.002", "0.001")),
+    (("--epochs", "3"), "TRAIN.EPOCHS", ("2", "3")),
+    (("--seed", "5"), "SEED", ("0", "5")),
+    (("TRAIN.WEIGHT_DECAY=0.3",), "TRAIN.WEIGHT_DECAY", ("0.05", "0.3")),
+), ids=("rate", "epochs", "seed", "decay"))
 def test_other_recipe_needs_leave(starter, out, opts, key, values):
     """Changed setting on resume: an error with both values; with --allow-change it is said and takes effect."""
     folder = run_folder(out)
@@ -204,6 +206,7 @@ def test_other_format_version(starter, out, version):
     job.assert_failed(str(path), "this code reads up to 1" if version == 2 else "was not written by this project")
 
 
+@SLOW
 def test_fine_tuning_from_a_checkpoint(starter, out, tmp_path):
     """--pretrained in a new folder starts at update 0 with the weights; with a started run there, that goes on."""
     source = str(run_folder(out) / BEST) if (run_folder(out) / BEST).exists() else str(step_file(run_folder(out), 10))

@@ -87,13 +87,13 @@ def test_diverged_for_good(starter, tmp_path, world):
     assert "largest weight: " in result.stdout
 
 
+@SLOW
 @pytest.mark.parametrize(("world", "opts"), (
-    pytest.param(1, (), id="1 process"),
-    pytest.param(1, ("TRAIN.AMP=fp16", "TRAIN.ACCUMULATION_STEPS=2", "AUG.MIXUP=0", "AUG.CUTMIX=0"),
-                 id="fp16, accumulation, no mixup", marks=SLOW),
-    pytest.param(2, ("TRAIN.ACCUMULATION_STEPS=2", "DATA.NUM_WORKERS=1"), id="2 processes, accumulation", marks=SLOW),
-    pytest.param(3, ("TRAIN.AMP=off", "MODEL.DROP=True"), id="3 processes, float32, dropout", marks=SLOW),
-))
+    (1, ()),
+    (1, ("TRAIN.AMP=fp16", "TRAIN.ACCUMULATION_STEPS=2", "AUG.MIXUP=0", "AUG.CUTMIX=0")),
+    (2, ("TRAIN.ACCUMULATION_STEPS=2", "DATA.NUM_WORKERS=1")),
+    (3, ("TRAIN.AMP=off", "MODEL.DROP=True")),
+), ids=("1 process", "fp16, accumulation, no mixup", "2 processes, accumulation", "3 processes, float32, dropout"))
 def test_replay_repeats_the_update(starter, tmp_path, world, opts):
     """The dump of a healthy update: replay gets each process's loss and the gradient norm to the last bit."""
     faults = [("dump_update", {"step": 2})]

@@ -17,11 +17,8 @@ def started(job) -> bool:
     return "epoch 1/2 update 1/" in job.text()
 
 
-@pytest.mark.parametrize("number", (
-    pytest.param(signal.SIGUSR1, id="SIGUSR1"),
-    pytest.param(signal.SIGTERM, id="SIGTERM", marks=SLOW),
-    pytest.param(signal.SIGINT, id="SIGINT", marks=SLOW),
-))
+@SLOW
+@pytest.mark.parametrize("number", (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), ids=lambda number: number.name)
 def test_signal_to_one_process(starter, reference, tmp_path, number):
     """A signal to one of two processes: both stop at the same update, saved, status written, same state at the end."""
     faults = [("send", {"number": number, "step": 2, "rank": 1})]
@@ -92,7 +89,8 @@ def test_every_update_a_stop(starter, reference, tmp_path):
     assert_same_state(job.folder / LAST, reference(world=2))
 
 
-@pytest.mark.parametrize(("world", "rank"), ((2, 1), pytest.param(2, 0, marks=SLOW), pytest.param(3, 1, marks=SLOW)))
+@SLOW
+@pytest.mark.parametrize(("world", "rank"), ((2, 1), (2, 0), (3, 1)))
 def test_killed_process_ends_the_others(starter, tmp_path, world, rank):
     """SIGKILL to one process: the others end within seconds, not after DIST_TIMEOUT, and leave no orphans."""
     kill = [("send", {"number": signal.SIGKILL, "step": 2, "rank": rank})]

@@ -100,6 +100,7 @@ def test_payload_in_the_stored_config(starter, reference, tmp_path):
         assert not canary.exists()
 
 
+@SLOW
 def test_published_file_is_fine(starter, reference, weights, tmp_path):
     """A file as the published code writes it, with its yacs node: evaluated, the same result as ours."""
     path = tmp_path / "published.pth"
