@@ -6,7 +6,6 @@ from yacs.config import CfgNode
 
 from utils.distributed import get_rank, get_world_size
 
-from .collate import collate
 from .datasets import ImageDataset, build_dataset
 from .processes import usable_cores
 from .samplers import EvalShardSampler, TrainSampler
@@ -58,7 +57,6 @@ def _loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate,
         drop_last=drop_last,
         pin_memory=config.DATA.PIN_MEMORY and torch.device(device).type == "cuda",
         timeout=config.DATA.LOADER_TIMEOUT if num_workers else 0,

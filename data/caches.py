@@ -16,7 +16,6 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .collate import collate
 from .image_io import ImageReadError, Picture
 from .processes import once_per_machine, usable_cores
 from .shared_memory import SharedItems
@@ -129,9 +128,7 @@ class FinishedSource:
             raise ValueError("a file of another shape has this name; delete it")
         self._file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-        loader = ImageLoader(
-            dataset, batch_size=_WRITE_BATCH, num_workers=usable_cores(shared=False), collate_fn=collate
-        )
+        loader = ImageLoader(dataset, batch_size=_WRITE_BATCH, num_workers=usable_cores(shared=False))
         try:
             pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=self._shape)
             for images, _, indices in tqdm(loader, f"validation cache {self._file}", disable=None, leave=False):

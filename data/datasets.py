@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from .builtin import cifar_source, digits_source
 from .caches import DecodedSource, FinishedSource
+from .collate import Sample
 from .image_io import ImageReadError
 from .seeding import integer_seed, seed_streams, streams_restored
 from .sources import ArraySource, FolderSource, Source
@@ -28,7 +29,6 @@ _MIN_BAD_ALLOWED = 10
 _MAX_BAD_SHARE = 0.01
 
 SampleKey = int | tuple[int, int]  # index (evaluation), or (epoch, index) (training)
-Sample = tuple[np.ndarray | torch.Tensor, int, int]  # image, target, index
 
 
 class ImageDataset(Dataset):

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader
 
+from .collate import as_tensors, collate_arrays
+
 _JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SIGNAL_SECONDS = 0.5
 _KILL_SECONDS = 5  # a process in an uninterruptible read of a dead network disk ends later, or never
@@ -49,10 +51,11 @@ class WorkerInit:
 
 
 class ImageLoader(DataLoader):
-    """DataLoader whose workers survive the signals of a job, never outlive it, and whose failures give advice.
+    """DataLoader of an ImageDataset: yields (images, targets, indices) as ``data.collate.collate`` makes them.
 
-    The workers persist from one pass to the next. An error while batches are fetched stops them; otherwise ``close``
-    does, or the end of the process.
+    Its workers survive the signals of a job, never outlive it, and their failures give advice. They persist from one
+    pass to the next. An error while batches are fetched stops them; otherwise ``close`` does, or the end of the
+    process.
     """
 
     def __init__(self, *args, num_workers: int, **kwargs) -> None:
@@ -61,6 +64,7 @@ class ImageLoader(DataLoader):
             *args,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            collate_fn=collate_arrays,
             worker_init_fn=self._start_up,
             **kwargs,
         )
@@ -75,7 +79,7 @@ class ImageLoader(DataLoader):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            yield from _batches(iterator)
+            yield from map(as_tensors, _batches(iterator))
         except Exception as error:
             advice = _advice(str(error))
             if advice is not None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import build_dataset, build_train_loader
-from data.build import collate
+from data.collate import collate
 from data.workers import ImageLoader, WorkerInit
 from tests.images import make_config, write_splits
 
@@ -27,12 +27,12 @@ from data.workers import ImageLoader
 
 class Endless(torch.utils.data.Dataset):
     def __len__(self): return 100_000
-    def __getitem__(self, index): return torch.zeros(3), os.getpid()
+    def __getitem__(self, index): return torch.zeros(3), os.getpid(), index
 
 def main():
     loader = ImageLoader(Endless(), batch_size=4, num_workers=2)
     workers = set()
-    for number, (_, pids) in enumerate(loader):
+    for number, (_, pids, _) in enumerate(loader):
         workers |= set(pids.tolist())
         if number == 4:
             print(*workers, flush=True)
@@ -112,7 +112,7 @@ class Faulty(torch.utils.data.Dataset):
     def __getitem__(self, index):
         if index == 5:
             self.fault()
-        return torch.zeros(1)
+        return torch.zeros(1), 0, index
 
 
 def _die():
