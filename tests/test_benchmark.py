@@ -18,7 +18,8 @@ from tools.bench_floor import Roof, Work, floor_seconds, measure_roof, work_of
 from tools.bench_gpu import gpu_tables
 from tools.bench_loader import loader_table, pipeline_configs, stage_table
 from tools.bench_models import model_table
-from tools.bench_plots import operation_group, plot_accuracy, time_by_group
+from tools.bench_plots import plot_accuracy
+from tools.bench_profile import operation_group, part_table, time_by_group
 from tools.bench_report import Table, allocator, environment
 from tools.bench_timing import Spread, Stopwatch, measure_paired, paired_ratio
 
@@ -228,6 +229,15 @@ def test_operations_by_group() -> None:
     assert seconds["convolution, 1x1 too"] > 0
 
 
+def test_parts_add_up_to_the_network() -> None:
+    table = part_table([Candidate("strip_mlp_nano"), Candidate("test_resnet")], SETTING, repeats=1)
+    labels = [row["label"] for row in table.rows]
+    assert labels[:3] == ["patch embedding", "stage 1 strip mixing", "stage 1 channel mixing"]
+    assert labels[-2:] == ["merging, skips", "rest"]
+    assert all(row["strip_mlp_nano seconds"] > 0 for row in table.rows)
+    assert [heading for heading, _ in table.columns] == ["", "strip_mlp_nano", "GFLOP/s"]
+
+
 def test_accuracy_is_drawn_for_models_with_a_published_one(tmp_path: Path) -> None:
     columns = [("", "label")]
     row = {"label": "x", "name": "strip_mlp_base", "form": "inference", "images_per_second": 9.0}
@@ -245,7 +255,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     result = json.loads((tmp_path / "out/r.json").read_text())
     assert set(result) == {"command", "environment", "tables"}
     assert result["tables"][0]["rows"][0]["name"] == "strip_mlp_nano"
-    assert (tmp_path / "time_infer_batch2_fp32.png").exists()
+    assert (tmp_path / "operations_infer_batch2_fp32.png").exists()
+    assert (tmp_path / "parts_infer_batch2_fp32.png").exists()
 
 
 def test_faults_of_the_user_are_one_line(tmp_path: Path) -> None:

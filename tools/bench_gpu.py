@@ -6,7 +6,7 @@ import torch
 
 from tools.bench_candidates import Candidate, Setting, build_network
 from tools.bench_models import model_table
-from tools.bench_plots import group_table
+from tools.bench_profile import group_table
 from tools.bench_report import Table
 from tools.bench_timing import Stopwatch
 

@@ -1,14 +1,8 @@
 """Pictures of the results: the paper's accuracy over measured speed, and where the time goes."""
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.profiler import ProfilerActivity, profile
-
-from tools.bench_candidates import Candidate, Setting, build_workload
 from tools.bench_report import Table
 
 # ImageNet-1K top-1 in percent at 224 x 224, as published; not measured here. Strip-MLP: Cao et al., ICCV 2023 (as in
@@ -24,65 +18,17 @@ PUBLISHED = {
     "resnet50": ("ResNet-50", 80.4),
 }
 
-# Operation names that contain a word belong to its group; the first match counts.
-_GROUPS = {
-    "convolution, 1x1 too": ("conv",),
-    "matrix product": ("addmm", "aten::mm", "bmm", "matmul", "gemm", "linear", "attention", "flash"),
-    "normalisation": ("norm", "batch_norm"),
-    "activation, softmax": ("gelu", "relu", "softmax", "sigmoid"),
-    "optimizer": ("adam", "sgd"),
-    "copy, layout": ("copy", "cat", "stack", "clone", "contiguous", "permute", "to_copy", "pad", "roll", "memcpy"),
-    "sum, product": ("add", "mul", "sub", "div", "sum", "mean", "pow", "sqrt", "where", "fill", "zero", "elementwise",
-                     "reduce", "vectorized"),
-}
-_OTHER = "other"
+def plot_shares(table: Table, path: Path) -> None:
+    """Draw a table of ``tools.bench_profile`` as one bar for each candidate."""
+    from matplotlib import colormaps
 
-
-def operation_group(name: str) -> str:
-    """The group that an operation or kernel belongs to."""
-    lowered = name.lower()
-    return next((group for group, words in _GROUPS.items() if any(word in lowered for word in words)), _OTHER)
-
-
-def time_by_group(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of one call in each group of operations: on the CPU by operation, on a GPU by kernel."""
-    run()
-    on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
-        run()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-    seconds: dict[str, float] = defaultdict(float)
-    for event in profiler.key_averages():
-        micro = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        seconds[operation_group(event.key)] += micro * 1e-6
-    return dict(seconds)
-
-
-def group_table(candidates: Sequence[Candidate], setting: Setting) -> Table:
-    """Milliseconds of each group of operations for each candidate, one profiled call each."""
-    shares = {c.label: time_by_group(build_workload(c, setting).run, setting.device) for c in candidates}
-    rows: list[dict[str, Any]] = []
-    for group in [*_GROUPS, _OTHER, "sum"]:
-        row: dict[str, Any] = {"label": group}
-        for label, seconds in shares.items():
-            total = sum(seconds.values())
-            own = total if group == "sum" else seconds.get(group, 0.0)
-            row[label] = f"{1000 * own:.4g} ({100 * own / total:.0f} %)"
-            row[f"{label} seconds"] = own
-        rows.append(row)
-    what = "training step" if setting.mode == "train" else "inference"
-    title = (f"{what}, batch {setting.batch}: milliseconds of one call by kind of operation, self time "
-             "(torch.profiler, which slows down small operations)")
-    return Table(title, [("", "label"), *((label, label) for label in shares)], rows)
-
-
-def plot_groups(table: Table, path: Path) -> None:
-    """Draw a ``group_table`` as one bar for each candidate."""
-    figure, axes = _figure(1.2 + 0.5 * len(table.columns))
-    labels = [heading for heading, _ in table.columns[1:]]
+    labels = [key for _, key in table.columns if f"{key} seconds" in table.rows[0]]
+    figure, axes = _figure(1.7 + 0.5 * len(labels))
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     left = [0.0] * len(labels)
-    for row in table.rows[:-1]:
+    for row in table.rows:
+        if row["label"] == "sum":
+            continue
         widths = [1000 * row[f"{label} seconds"] for label in labels]
         axes.barh(labels, widths, left=left, label=row["label"], height=0.6)
         left = [a + b for a, b in zip(left, widths, strict=True)]

@@ -30,7 +30,8 @@ from tools.bench_gpu import PRECISIONS as GPU_PRECISIONS
 from tools.bench_loader import CONFIG, loader_table, pipeline_configs, stage_table
 from tools.bench_loop import end_to_end_table, startup_table
 from tools.bench_models import model_table
-from tools.bench_plots import group_table, plot_accuracy, plot_groups
+from tools.bench_plots import plot_accuracy, plot_shares
+from tools.bench_profile import group_table, part_table
 from tools.bench_report import ROOT, Table, environment, print_environment, write_json
 from tools.bench_timing import Stopwatch
 
@@ -72,10 +73,12 @@ def _plot(table: Table, contestants: Sequence[Candidate], setting: Setting, fold
     stem = f"{setting.mode}_batch{setting.batch}_{contestants[0].precision}"
     if plot_accuracy(table, folder / f"accuracy_{stem}.png"):
         print(f"drawn: {folder / f'accuracy_{stem}.png'}")
-    groups = group_table(contestants, setting)
-    report.add(groups)
-    plot_groups(groups, folder / f"time_{stem}.png")
-    print(f"drawn: {folder / f'time_{stem}.png'}")
+    tables = {"operations": group_table(contestants, setting), "parts": part_table(contestants, setting)}
+    for kind, shares in tables.items():
+        if shares.rows:
+            report.add(shares)
+            plot_shares(shares, folder / f"{kind}_{stem}.png")
+            print(f"drawn: {folder / f'{kind}_{stem}.png'}")
 
 
 def run_loader(args: argparse.Namespace, report: Report) -> None:
