@@ -10,12 +10,16 @@ Legend, for the shapes behind every reshape and permute:
 All maps are (B, C, H, W) in channels_last memory order.
 """
 
+from functools import partial
+
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layers import GRN, ChannelLayerNorm, PointwiseLinear, add_residual
+from .lean import DepthwiseConv2d, channels_last_gradient, gelu_grn, norm_gelu, weighted_sum
+from .linear_chain import Step, linear_chain
 
 
 class RelativePosition(nn.Module):
@@ -53,7 +57,7 @@ class StripMLPLayer(nn.Module):
         num_patches: patches P, a divisor of D.
         axis: ``"row"`` mixes along the rows as above, ``"column"`` along the columns (H and W change places).
         strip_width: rows that a token sees, odd.
-    Shape: (B, D, H, W) -> same.
+    Shape: (B, D, H, W) -> (B, P, G, H, W), a view in the convolution's memory order; `concatenated` makes a map of it.
     Raises:
         ValueError: if `num_patches` does not divide `dim`, or `axis` is unknown.
     """
@@ -72,14 +76,19 @@ class StripMLPLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         groups = self.mix.groups
-        x = x.unflatten(1, (self.num_patches, groups))  # (B, D, H, W) -> (B, P, G, H, W)
+        x = channels_last_gradient(x).unflatten(1, (self.num_patches, groups))  # (B, D, H, W) -> (B, P, G, H, W)
         # to (B, P, H, G * W), or with axis "column" to (B, P, W, G * H)
         x = x.permute(0, 1, 3, 2, 4).flatten(3) if self.axis == "row" else x.permute(0, 1, 4, 2, 3).flatten(3)
         x = self.mix(x.permute(0, 3, 1, 2))  # (B, P, H, G * W) -> (B, G * W, P, H), a map with P rows and H columns
         x = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))  # (B, G * W', P, H) -> (B, P, H, G, W')
-        # to (B, H, W, D); with axis "column" it comes as (B, P, W, G, H')
-        x = x.permute(0, 2, 4, 1, 3).flatten(3) if self.axis == "row" else x.permute(0, 4, 2, 1, 3).flatten(3)
-        return x.permute(0, 3, 1, 2)  # (B, H, W, D) -> (B, D, H, W)
+        # to (B, P, G, H, W); with axis "column" it comes as (B, P, W, G, H')
+        return x.permute(0, 1, 3, 2, 4) if self.axis == "row" else x.permute(0, 1, 3, 4, 2)
+
+
+def concatenated(first: Tensor, second: Tensor) -> Tensor:
+    """The channels of two maps, one after the other, as one map: 2 x (B, P, G, H, W) -> (B, 2 * D, H, W)."""
+    both = torch.stack([x.permute(0, 3, 4, 1, 2) for x in (first, second)], dim=3)  # -> (B, H, W, 2, P, G)
+    return both.flatten(3).permute(0, 3, 1, 2)  # (B, H, W, 2, P, G) -> (B, 2 * D, H, W)
 
 
 class CGSMM(nn.Module):
@@ -103,10 +112,11 @@ class CGSMM(nn.Module):
         self.column_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        rows = self.row_mix(u + self.row_position())
-        q = F.gelu(self.norm(self.row_fuse(torch.cat([rows, u], dim=1))))
-        columns = self.column_mix(q + self.column_position())
-        return self.column_fuse(torch.cat([u, columns], dim=1))
+        patches = u.unflatten(1, (self.row_mix.num_patches, -1))  # (B, D, H, W) -> (B, P, G, H, W)
+        rows = self.row_mix(u + self.row_position().to(u.dtype))
+        q = norm_gelu(self.norm, linear_chain(rows, patches, steps=[Step(self.row_fuse, concatenated)]))
+        columns = self.column_mix(q + self.column_position().to(q.dtype))
+        return linear_chain(patches, columns, steps=[Step(self.column_fuse, concatenated)])
 
 
 class LSMM(nn.Module):
@@ -121,18 +131,18 @@ class LSMM(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.tall = nn.Conv2d(dim, dim, (7, 3), padding=(3, 1), groups=dim, bias=False)
-        self.wide = nn.Conv2d(dim, dim, (3, 7), padding=(1, 3), groups=dim, bias=False)
+        self.tall = DepthwiseConv2d(dim, (7, 3))
+        self.wide = DepthwiseConv2d(dim, (3, 7))
         self.reweight1 = nn.Conv2d(dim, dim // 2, 1)
         self.reweight2 = nn.Conv2d(dim // 2, 3 * dim, 1)
 
+    def weights(self, pooled: Tensor) -> Tensor:
+        """The weights of the branches from the mean of their sum over space, (B, D, 1, 1) -> (B, D, 3, 1, 1)."""
+        z = self.reweight2(F.gelu(self.reweight1(pooled)))
+        return z.unflatten(1, (-1, 3)).softmax(dim=2)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
+
     def forward(self, v: Tensor) -> Tensor:
-        tall, wide = self.tall(v), self.wide(v)
-        z = (tall + wide + v).mean(dim=(2, 3), keepdim=True)
-        z = self.reweight2(F.gelu(self.reweight1(z)))
-        weights = z.unflatten(1, (-1, 3)).softmax(dim=2)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
-        w_tall, w_wide, w_input = weights.unbind(dim=2)
-        return w_tall * tall + w_wide * wide + w_input * v
+        return weighted_sum(self.tall(v), self.wide(v), v, weigh=self.weights, modules=(self.reweight1, self.reweight2))
 
 
 class StripMixingBlock(nn.Module):
@@ -152,7 +162,7 @@ class StripMixingBlock(nn.Module):
         if dim % 2 != 0:
             raise ValueError(f"{dim} channels cannot be split in two halves; choose an even number")
         self.norm1 = nn.BatchNorm2d(dim)
-        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.dwconv = DepthwiseConv2d(dim, (3, 3))
         self.project = nn.Conv2d(dim, dim, 1)
         self.norm2 = nn.BatchNorm2d(dim)
         self.cgsmm = CGSMM(dim // 2, size, num_patches)
@@ -160,9 +170,8 @@ class StripMixingBlock(nn.Module):
         self.fuse = nn.Conv2d(dim, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(F.gelu(self.norm1(x)))
-        x = F.gelu(self.norm2(self.project(x)))
-        u, v = x.chunk(2, dim=1)
+        x = linear_chain(norm_gelu(self.norm1, x), steps=[Step(self.project, self.dwconv, [self.dwconv])])
+        u, v = norm_gelu(self.norm2, x, halves=True)  # (B, C, H, W) -> 2 x (B, D, H, W)
         return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
 
 
@@ -177,15 +186,16 @@ class ChannelMixingBlock(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, bias=False)
+        self.dwconv = DepthwiseConv2d(dim, (7, 7))
         self.norm = ChannelLayerNorm(dim)
         self.fc1 = PointwiseLinear(dim, hidden_dim)
         self.grn = GRN(hidden_dim)
         self.fc2 = PointwiseLinear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(self.norm(self.dwconv(x)))  # (B, C, H, W) -> (B, K, H, W)
-        return self.fc2(self.grn(F.gelu(x)))
+        expand = Step(self.fc1, lambda x: self.norm(self.dwconv(x)), [self.dwconv, self.norm])
+        reduce = Step(self.fc2, partial(gelu_grn, self.grn), [self.grn], shift=self.grn.beta.flatten())
+        return linear_chain(x, steps=[expand, reduce])  # (B, C, H, W) -> (B, K, H, W) -> (B, C, H, W)
 
 
 class StripMLPBlock(nn.Module):
@@ -207,5 +217,5 @@ class StripMLPBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_residual(x, self.strip_mixing(x), self.drop_path)
-        return add_residual(x, self.channel_mixing(x), self.drop_path)
+        x = add_residual(x, self.strip_mixing, self.drop_path)
+        return add_residual(x, self.channel_mixing, self.drop_path, samples_apart=True)

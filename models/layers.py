@@ -6,7 +6,7 @@ norm over the channels reads contiguous memory; ``permute(0, 2, 3, 1)`` is then 
 Legend: B batch, C or K channels, H rows, W columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -14,6 +14,17 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type in which autocast computes products on the device, None where it is off."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[None]:
+    """Context without autocast."""
+    return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
 class PointwiseLinear(nn.Linear):
@@ -31,7 +42,8 @@ class ChannelLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
-        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        with autocast_off(x.device.type):  # which would copy x to float32; the kernel accumulates in float32 anyway
+            x = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
@@ -63,12 +75,25 @@ class GRN(nn.Module):
         return y * self.scale(y) + self.beta.view(1, -1, 1, 1)
 
 
-def add_residual(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
-    """``x + drop_path(branch)`` in one pass: each sample of the branch is dropped, or scaled by 1 / (1 - rate)."""
+def add_residual(
+    x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: DropPath, *, samples_apart: bool = False
+) -> Tensor:
+    """``x + drop_path(branch(x))``: each sample of the branch is dropped, or scaled by 1 / (1 - rate).
+
+    With `samples_apart`, a promise that the branch mixes no samples, dropped ones are left out of it on the CPU
+    (elsewhere a shape that depends on the draw would make the host wait).
+    """
     if not drop_path.training or drop_path.drop_prob == 0.0:
-        return x + branch
-    mask = drop_path(branch.new_ones(len(branch), 1, 1, 1))
-    return torch.addcmul(x, branch, mask)
+        return x + branch(x)
+    mask = drop_path(x.new_ones(len(x), 1, 1, 1))
+    if samples_apart and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = mask.flatten().nonzero().squeeze(1)
+        if 0 < len(kept) < len(x):
+            last = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C), so that samples are contiguous
+            out = branch(last.index_select(0, kept).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            scale = 1.0 / (1.0 - drop_path.drop_prob) if drop_path.scale_by_keep else 1.0
+            return last.index_add(0, kept, out.to(x.dtype), alpha=scale).permute(0, 3, 1, 2)
+    return torch.addcmul(x, branch(x), mask)
 
 
 @contextmanager

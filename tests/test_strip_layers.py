@@ -66,8 +66,8 @@ def test_strip_mlp_layer(axis: str, dim: int, num_patches: int) -> None:
     x = noise(2, dim, 4, 4)
     with torch.no_grad():
         expected = strip_mlp_by_loops(layer, x)
-        torch.testing.assert_close(layer(x), expected)
-        torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)), expected)
+        torch.testing.assert_close(layer(x).flatten(1, 2), expected)  # (B, P, G, H, W) -> (B, D, H, W)
+        torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)).flatten(1, 2), expected)
 
 
 def test_relative_position() -> None:
@@ -139,13 +139,33 @@ def test_add_residual_draws_one_mask_per_sample() -> None:
     x, branch = noise(64, 2, 3, 3), noise(64, 2, 3, 3, seed=2)
     drop = DropPath(0.25).train()
     torch.manual_seed(0)
-    out = add_residual(x, branch, drop)
+    out = add_residual(x, lambda x: branch, drop)
     torch.manual_seed(0)
     torch.testing.assert_close(out, x + drop(branch))
     dropped = (out == x).flatten(1).all(dim=1)
     assert 0 < dropped.sum() < 64
     torch.testing.assert_close(out[~dropped], x[~dropped] + branch[~dropped] / 0.75)
-    torch.testing.assert_close(add_residual(x, branch, drop.eval()), x + branch)
+    torch.testing.assert_close(add_residual(x, lambda x: branch, drop.eval()), x + branch)
+
+
+@pytest.mark.parametrize("rate", (0.25, 0.999))  # the second drops every sample
+def test_add_residual_leaves_dropped_samples_out(rate: float) -> None:
+    x = noise(16, 2, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    drop, sizes = DropPath(rate).train(), []
+
+    def branch(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return x.square()
+
+    results = []
+    for samples_apart in (False, True):
+        torch.manual_seed(0)
+        out = add_residual(x, branch, drop, samples_apart=samples_apart)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    torch.testing.assert_close(results[0], results[1])
+    assert sizes[0] == 16
+    assert sizes[1] == (16 if rate > 0.9 else int((results[0][0] != x).flatten(1).any(dim=1).sum()))
 
 
 def test_block_draws_token_mask_then_channel_mask() -> None:

@@ -1,0 +1,279 @@
+"""Training in less memory and time: the same functions with gradients written down by hand.
+
+Autograd keeps every intermediate map for the backward pass and walks through memory once for each small operation. The
+functions here and in `models.linear_chain` keep the inputs of a group of cheap operations and rebuild the rest in the
+backward pass. Values and gradients are those of the plain formulation, which each docstring states. It runs instead
+
+- inside `plain_autograd()`, which differentiating twice needs (the functions here refuse it),
+- under torch.compile and in exports, where the compiler does this work itself,
+- where a module was replaced, or carries hooks, parametrizations or synchronised statistics.
+
+Legend: B batch, C or K channels, H rows, W columns.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from .layers import GRN, autocast_dtype
+
+aten = torch.ops.aten
+
+_plain_depth = 0
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """Inside, the network is built from PyTorch's own operations alone, e.g. to differentiate its gradients."""
+    global _plain_depth
+    _plain_depth += 1
+    try:
+        yield
+    finally:
+        _plain_depth -= 1
+
+
+def eager() -> bool:
+    """Whether the hand-written gradients may be used at all."""
+    return not (_plain_depth or torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether reading the parameters of `module` is the same as calling it."""
+    return type(module) in types and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x`, copied to channels_last memory order if it has another."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def channels_last_gradient(x: Tensor) -> Tensor:
+    """`x`, whose gradient reaches the operations before it in channels_last order: mixed orders slow them down."""
+    if eager() and x.requires_grad:
+        x.register_hook(channels_last)
+    return x
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which a product with `tensor` is computed: autocast's where that is on, else its own."""
+    return autocast_dtype(tensor.device.type) or tensor.dtype
+
+
+class _NormGelu(torch.autograd.Function):
+    """y = GELU(n(x)) with n the BatchNorm of the batch; keeps x and the statistics, and rebuilds n(x) from them.
+
+    dL/dx is the BatchNorm's gradient at dL/dn = dL/dy * GELU'(n(x)), both by PyTorch's own kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, norm: nn.BatchNorm2d, halves: bool, weight: Tensor, bias: Tensor) -> Any:
+        normalised, mean, invstd = torch.native_batch_norm(
+            x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+        )
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        ctx.eps, ctx.halves = norm.eps, halves
+        if halves:
+            return tuple(F.gelu(half) for half in normalised.chunk(2, dim=1))
+        return aten.gelu_(normalised)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, invstd = ctx.saved_tensors
+        variance = invstd.pow(-2) - ctx.eps
+        grad = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, ctx.eps)[0]
+        for part, grad_part in zip(grad.chunk(len(grads), dim=1), grads, strict=True):
+            part.copy_(aten.gelu_backward(channels_last(grad_part), part))
+        dx, dweight, dbias = aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, invstd, True, ctx.eps, [True, True, True]
+        )
+        return dx, None, None, dweight, dbias
+
+
+def norm_gelu(norm: nn.Module, x: Tensor, *, halves: bool = False) -> Any:
+    """``F.gelu(norm(x))``; with `halves`, the two halves of its channels as maps of their own.
+
+    Shape: (B, C, H, W) -> same, or two of (B, C / 2, H, W).
+    """
+    lean = eager() and torch.is_grad_enabled() and x.requires_grad and x.device.type in ("cpu", "cuda")
+    if not (lean and norm.training and untouched(norm, nn.BatchNorm2d) and norm.momentum is not None):
+        x = norm(x)
+        return tuple(F.gelu(half) for half in x.chunk(2, dim=1)) if halves else F.gelu(x)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return _NormGelu.apply(x, norm, halves, norm.weight, norm.bias)
+
+
+class _GeluGRN(torch.autograd.Function):
+    """z = a * s with a = GELU(h), s = 1 + gamma * n, n = g / m, g the norm of a over space, m the mean of g, plus eps.
+
+    With the sums r = sum over space of dL/dz * a, one per sample and channel, and q = gamma * r:
+    dL/dgamma = sum over samples of r * n,  dL/dg = (q - mean over channels of q * n) / m,
+    dL/dh = GELU'(h) * (s * dL/dz + a / g * dL/dg), where a channel with g = 0 contributes nothing through g.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, h: Tensor, gamma: Tensor, eps: float) -> Tensor:
+        a = F.gelu(h)
+        norm, mean, scale = _grn_terms(a, gamma, eps)
+        ctx.save_for_backward(h, gamma, a, norm, mean, scale)
+        return a * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dz: Tensor) -> tuple[Tensor | None, ...]:
+        h, gamma, a, norm, mean, scale = ctx.saved_tensors
+        buffer = dz * a
+        r = buffer.sum(dim=(2, 3), keepdim=True, dtype=norm.dtype)
+        response = norm / mean
+        q = gamma.view(1, -1, 1, 1) * r
+        dnorm = (q - (q * response).mean(dim=1, keepdim=True)) / mean
+        torch.mul(dz, scale, out=buffer)
+        buffer.addcmul_(a, torch.where(norm > 0, dnorm / norm, 0.0).to(a.dtype))
+        dgamma = (r * response).sum(dim=0).view_as(gamma)
+        return aten.gelu_backward(buffer, h), dgamma, None
+
+
+def _grn_terms(a: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """g, m and s of `_GeluGRN`, the last in the precision of `a`."""
+    if a.dtype in (torch.float16, torch.bfloat16):  # squares could overflow: sum in float32, without a copy of a
+        norm = torch.linalg.vector_norm(a, dim=(2, 3), keepdim=True, dtype=torch.float32)
+    else:
+        norm = (a * a).sum(dim=(2, 3), keepdim=True).sqrt()
+    mean = norm.mean(dim=1, keepdim=True) + eps
+    return norm, mean, (1.0 + gamma.view(1, -1, 1, 1) * (norm / mean)).to(a.dtype)
+
+
+def gelu_grn(grn: GRN, h: Tensor) -> Tensor:
+    """``grn(F.gelu(h)) - grn.beta``: the shift is left to the linear layer that follows, which adds it for nothing.
+
+    Shape: (B, K, H, W) -> same.
+    """
+    if not eager():
+        a = F.gelu(h)
+        return a * grn.scale(a)
+    if torch.is_grad_enabled():
+        return _GeluGRN.apply(h, grn.gamma, grn.eps)
+    a = F.gelu(h)
+    return a.mul_(_grn_terms(a, grn.gamma, grn.eps)[2])
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """Depthwise convolution on the CPU. Its weight gradient is taken three columns of the kernel at a time.
+
+    oneDNN is several times faster for kernels at most 3 wide. Column j of the gradient sees the input moved by
+    j - width // 2, so columns lo .. hi - 1 are the gradient of a narrow kernel over the padded input from column lo on.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, width = weight.shape[2] // 2, weight.shape[3]
+        columns = width // 2
+        grad, dweight = channels_last(grad), torch.empty_like(weight)
+
+        def gradients(x: Tensor, kernel: Tensor, padding: list[int], mask: list[bool]) -> tuple[Tensor, ...]:
+            return aten.convolution_backward(
+                grad, x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], len(kernel), mask
+            )
+
+        padded = F.pad(x, (columns, columns))
+        for lo in range(0, width, 3):
+            hi = min(lo + 3, width)
+            moved = channels_last(padded[..., lo : x.shape[3] + hi - 1])
+            dweight[..., lo:hi] = gradients(moved, weight[..., lo:hi], [rows, 0], [False, True, False])[1]
+        return gradients(x, weight, [rows, columns], [True, False, False])[0], dweight
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution with stride 1 and zeros around the map, without bias.
+
+    Args:
+        dim: channels C.
+        kernel_size: rows and columns of the kernel, odd.
+    Shape: (B, C, H, W) -> same.
+    """
+
+    def __init__(self, dim: int, kernel_size: tuple[int, int]) -> None:
+        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+        super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.kernel_size[1] > 3 and x.device.type == "cpu"
+        if wide and eager() and torch.is_grad_enabled() and self.weight.requires_grad:
+            dtype = product_dtype(x)
+            return _DepthwiseConv.apply(x.to(dtype), self.weight.to(dtype))
+        return super().forward(x)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """y = w_1 x_1 + w_2 x_2 + ... with weights w = f(mean over space of x_1 + x_2 + ...), one per sample and channel.
+
+    dL/dw_j = sum over space of dL/dy * x_j, from which autograd finds p = dL/d mean;
+    dL/dx_j = w_j * dL/dy + p / (H * W).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, weigh: Callable[[Tensor], Tensor], parameters: list[Tensor], num_maps: int, *flat: Tensor
+    ) -> Tensor:
+        maps = flat[:num_maps]
+        pooled = _pooled([x.detach() for x in maps])
+        weights = weigh(pooled).to(pooled.dtype)
+        ctx.weigh, ctx.parameters = weigh, parameters
+        ctx.save_for_backward(pooled, *maps)
+        return _weighted(maps, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pooled, *maps = ctx.saved_tensors
+        grad = channels_last(grad)
+        with torch.enable_grad():
+            leaf = pooled.detach().requires_grad_()
+            weights = ctx.weigh(leaf).to(leaf.dtype)
+        dweights = torch.stack([(grad * x).sum(dim=(2, 3), keepdim=True) for x in maps], dim=2)
+        dpooled, *dparameters = torch.autograd.grad(weights, [leaf, *ctx.parameters], dweights)
+        dpooled = dpooled / (grad.shape[2] * grad.shape[3])
+        dmaps = [torch.addcmul(dpooled, grad, w) for w in weights.detach().unbind(dim=2)]
+        return None, None, None, *dmaps, *dparameters
+
+
+def _pooled(maps: Sequence[Tensor]) -> Tensor:
+    return sum(x.mean(dim=(2, 3), keepdim=True) for x in maps)
+
+
+def _weighted(maps: Sequence[Tensor], weights: Tensor) -> Tensor:
+    first, *others = zip(weights.unbind(dim=2), maps, strict=True)
+    out = first[0] * first[1]
+    for weight, x in others:
+        out = torch.addcmul(out, weight, x)
+    return out
+
+
+def weighted_sum(*maps: Tensor, weigh: Callable[[Tensor], Tensor], modules: Sequence[nn.Module]) -> Tensor:
+    """The sum of n maps with weights that a small network `weigh` finds from the mean over space of their plain sum.
+
+    Args:
+        maps: n maps.
+        weigh: (B, C, 1, 1) -> (B, C, n, 1, 1).
+        modules: where the parameters of `weigh` are.
+    Shape: n x (B, C, H, W) -> same.
+    """
+    if not (eager() and torch.is_grad_enabled() and all(x.requires_grad for x in maps)):
+        pooled = _pooled(maps)
+        return _weighted(maps, weigh(pooled).to(pooled.dtype))
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return _WeightedSum.apply(weigh, parameters, len(maps), *maps, *parameters)
