@@ -25,7 +25,6 @@ import main_eval
 from data import build_batch_transform, build_train_loader, build_val_loader, check_data
 from models import build_model, from_published
 from utils.checkpoint import Progress, TrainState, capture, read_training_state, restore, torch_random_state
-from utils.checkpoint_io import resolve_source
 from utils.checkpoint_store import BEST, LAST, CheckpointStore
 from utils.cli import parse
 from utils.data_wait import DataWatch
@@ -39,7 +38,7 @@ from utils.parallel import bring_up, wrap_for_training
 from utils.precision import build_precision
 from utils.pretrained import load_weights
 from utils.replay import write_dump
-from utils.resume import check_classes, check_recipe, checkpoint_facts
+from utils.resume import check_continuation, checkpoint_facts, starting_point
 from utils.runtime import Run, start_run
 from utils.session import Session, located_errors, update_groups
 from utils.signals import StopRequest
@@ -111,7 +110,7 @@ def build_session(config, run: Run, stop: StopRequest) -> Session:
         criterion=build_criterion(config, soft_targets=transform.mixes),
         store=CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP),
         stop=stop,
-        facts=checkpoint_facts(config, loader.dataset.classes),
+        facts=checkpoint_facts(config, loader.dataset.classes, len(loader.dataset)),
     )
 
 
@@ -141,13 +140,10 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
 def start(state: TrainState, session: Session, allow_change: Sequence[str]) -> None:
     """Fill the state: explicit --resume, else the run's own newest checkpoint, else --pretrained, else scratch."""
     config = session.config
-    path = resolve_source(config.MODEL.RESUME) if config.MODEL.RESUME else None
-    if path is None and config.TRAIN.AUTO_RESUME:
-        path = session.store.newest()
+    path = starting_point(config, session.store)
     if path is not None:
         payload = read_training_state(path)
-        check_recipe(config, payload, path, allow_change)
-        check_classes(session.facts["classes"], payload, path)
+        check_continuation(config, session.facts, payload, path, allow_change)
         restore(state, payload, path)
         done = session.updates_done(state.progress)
         if done:

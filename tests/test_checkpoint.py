@@ -113,6 +113,15 @@ def test_allowed_change_of_the_optimizer_takes_effect(saved):
     assert [(g["weight_decay"], g["betas"]) for g in state.optimizer.param_groups] == [(0.7, (0.5, 0.6))]
 
 
+def test_other_versions_are_said(saved, caplog):
+    payload = read_training_state(saved)
+    payload["versions"] |= {"torch": "1.0", "threads": 77}
+    with caplog.at_level(logging.WARNING):
+        restore(make_state(), payload, saved)
+    assert f"saved with torch 1.0, this is {torch.__version__}: the continuation is not exact" in caplog.text
+    assert "saved with threads 77" in caplog.text
+
+
 def edited(payload: dict[str, Any], *keys: Any, value: Any = None, delete: bool = False) -> dict[str, Any]:
     """A copy of a payload with one entry replaced or deleted."""
     payload = copy.deepcopy(payload)

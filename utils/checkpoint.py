@@ -95,7 +95,7 @@ def capture(state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
         "progress": asdict(state.progress),
         "rank_state": rank_state,
         "world_size": get_world_size(),
-        "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
+        "versions": versions(state),
         **facts,
     }
 
@@ -104,8 +104,9 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
     """Put ``payload`` into the live state.
 
     With the number of processes it was saved with, the continuation is exact: each process gets its own BatchNorm
-    statistics and random streams back. With another number they start from the averages, and this is logged. The
-    optimizer's settings (decay, momenta) are the live ones: a change that was allowed takes effect.
+    statistics and random streams back. With another number they start from the averages, and this is logged, as is
+    another version of PyTorch, kind of device or number of threads, which round differently. The optimizer's settings
+    (decay, momenta) are the live ones: a change that was allowed takes effect.
 
     Raises:
         CheckpointError: the file is of another model or optimizer; the live state is untouched.
@@ -122,6 +123,10 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
         state.scaler.load_state_dict(payload["scaler"])
     state.guard.load_state_dict(payload["guard"])
     state.progress = Progress(**payload["progress"])
+    then, now = payload.get("versions", {}), versions(state)
+    for name in sorted(name for name in then.keys() & now.keys() if then[name] != now[name]):
+        logger.warning("%s was saved with %s %s, this is %s: the continuation is not exact to the last bit", path, name,
+                       then[name], now[name])
     if payload["world_size"] == get_world_size():
         own = payload["rank_state"][get_rank()]
         _copy_into(batchnorm_buffers(state.model), own["buffers"])
@@ -133,6 +138,13 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
         logger.warning("%s was saved by %d process(es), this run has %d: BatchNorm statistics start from the average "
                        "and random streams anew; the samples already seen in this epoch are not repeated",
                        path, payload["world_size"], get_world_size())
+
+
+def versions(state: TrainState) -> dict[str, Any]:
+    """What the bits of a training depend on besides its recipe."""
+    device = next(state.model.parameters()).device.type
+    threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
+    return {"torch": str(torch.__version__), "timm": timm.__version__, "device": device, **threads}
 
 
 def random_state() -> dict[str, Any]:

@@ -94,7 +94,7 @@ class CheckpointStore:
         if is_main_process():
             try:
                 later = [path for path in self._step_files() if _number(path, _STEP_PATTERN) > step]
-                if _step_inside(self.directory / LAST) > step:
+                if step_inside(self.directory / LAST) > step:
                     later.append(self.directory / LAST)
                 for path in later:
                     os.replace(path, path.with_name(path.name + ".aside"))
@@ -144,7 +144,7 @@ def _number(path: Path, pattern: re.Pattern) -> int:
     return int(pattern.fullmatch(path.name)[1])
 
 
-def _step_inside(path: Path) -> float:
+def step_inside(path: Path) -> float:
     """Update that a checkpoint holds; -inf if there is no such file, inf if it cannot be read."""
     if not path.exists():
         return -math.inf

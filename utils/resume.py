@@ -1,6 +1,7 @@
 """Where a run starts: what a checkpoint says about itself, and whether this run may continue it."""
 
 import logging
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import yaml
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from utils.checkpoint_io import CheckpointError
+from utils.checkpoint_io import CheckpointError, resolve_source
+from utils.checkpoint_store import CheckpointStore, step_inside
 from utils.config import dump_config, parse_config, recipe_differences
 
 logger = logging.getLogger(__name__)
@@ -18,11 +20,34 @@ logger = logging.getLogger(__name__)
 _BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")
 
 
-def checkpoint_facts(config, classes: Sequence[str]) -> dict[str, Any]:
-    """Plain entries that make a checkpoint explain itself: config text, class names in order, preprocessing."""
+def starting_point(config, store: CheckpointStore) -> Path | None:
+    """File to continue from: explicit ``--resume``, else with ``TRAIN.AUTO_RESUME`` the run's own newest; or None.
+
+    torchrun repeats the command when it restarts a failed run (``--max-restarts``). ``--resume`` is meant for the first
+    attempt then: where the run has got beyond that file, a later attempt goes on from the run's own newest. Collective.
+    """
+    explicit = resolve_source(config.MODEL.RESUME) if config.MODEL.RESUME else None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if explicit is not None and not (restarted and config.TRAIN.AUTO_RESUME):
+        return explicit
+    newest = store.newest() if config.TRAIN.AUTO_RESUME else None
+    if explicit is None or (newest is not None and step_inside(newest) > step_inside(explicit)):
+        return newest
+    return explicit
+
+
+def checkpoint_facts(config, classes: Sequence[str], num_samples: int) -> dict[str, Any]:
+    """Plain entries that make a checkpoint explain itself: config text, data set, preprocessing.
+
+    Args:
+        config: frozen config.
+        classes: class names, in the order of the labels.
+        num_samples: size of the training set.
+    """
     return {
         "config": dump_config(config),
         "classes": list(classes),
+        "num_samples": num_samples,
         "preprocessing": {
             "img_size": config.DATA.IMG_SIZE,
             "interpolation": config.DATA.INTERPOLATION,
@@ -31,6 +56,29 @@ def checkpoint_facts(config, classes: Sequence[str]) -> dict[str, Any]:
             "std": list(IMAGENET_DEFAULT_STD),
         },
     }
+
+
+def check_continuation(config, facts: dict[str, Any], payload: dict[str, Any], path: Path,
+                       allowed: Collection[str]) -> None:
+    """Refuse to continue a run under another recipe or with other classes; warn of another number of samples.
+
+    Args:
+        config: this run's config.
+        facts: this run's ``checkpoint_facts``.
+        payload: the checkpoint.
+        path: for messages.
+        allowed: keys of the recipe that may differ (``--allow-change KEY``).
+
+    Raises:
+        CheckpointError: recipe or classes differ.
+    """
+    check_recipe(config, payload, path, allowed)
+    check_classes(facts["classes"], payload, path)
+    then, now = payload.get("num_samples", facts["num_samples"]), facts["num_samples"]
+    if then != now:
+        logger.warning("%s was trained on %d images, this data set has %d: their order is another one%s", path, then,
+                       now, ", so that some may come twice or not at all in the epoch in progress"
+                       if payload["progress"]["samples_seen"] else "")
 
 
 def check_recipe(config, payload: dict[str, Any], path: Path, allowed: Collection[str]) -> None:
@@ -77,7 +125,7 @@ def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | 
 def warn_preprocessing(config, payload: dict[str, Any], path: Path | str) -> None:
     """Log where a checkpoint's evaluation preprocessing differs from the config's."""
     theirs = payload.get("preprocessing") or {}
-    ours = checkpoint_facts(config, ())["preprocessing"]
+    ours = checkpoint_facts(config, (), 0)["preprocessing"]
     for key in sorted(set(theirs) & set(ours)):
         if theirs[key] != ours[key]:
             logger.warning("preprocessing %s: %s was trained with %s, this evaluation uses %s", key, path, theirs[key],

@@ -77,7 +77,8 @@ class Run:
     def write_failure(self, error: BaseException) -> None:
         """Write the state failed; on a disk that takes nothing any more, say so and leave ``error`` the last word."""
         try:
-            self.write_status("failed", error=f"{type(error).__name__}: {error_text(error)}")
+            logs = {"logs": "the first error in log_rank*.txt is the cause"} if self.world_size > 1 else {}
+            self.write_status("failed", error=f"{type(error).__name__}: {error_text(error)}", **logs)
         except OSError as problem:
             logger.warning("status.json could not be written: %s", problem)
 
