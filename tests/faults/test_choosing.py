@@ -197,6 +197,17 @@ def test_other_classes(starter, out, tmp_path):
 
 
 @SLOW
+def test_other_number_of_samples(starter, out, tmp_path):
+    """Images were added since: said in the log, and the run goes on."""
+    images = tmp_path / "images"
+    shutil.copytree(starter.folder / "images", images)
+    shutil.copy(images / "train" / "a" / "000.png", images / "train" / "a" / "100.png")
+    job = starter.run("--data-path", str(images), out=out).assert_ok()
+    assert "was trained on 48 images, this data set has 49" in job.text()
+    assert "twice or not at all" in job.text()
+
+
+@SLOW
 @pytest.mark.parametrize("version", (0, 2, "1"))
 def test_other_format_version(starter, out, version):
     """A file of a newer or no known format: refused by its version, never half read."""

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tests.faults.harness import LAST, assert_same_state, free_port
+from tests.faults.harness import LAST, assert_same_state, free_port, step_file
 
 pytestmark = pytest.mark.faults
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # what docs/slurm/train.sbatch passes
@@ -46,9 +46,21 @@ def test_restart_by_the_launcher(starter, reference, tmp_path, attempt):
     job.assert_no_orphans()
 
 
+def test_restart_of_an_explicit_resume(starter, reference, tmp_path):
+    """torchrun --max-restarts 1 with --resume: the restart goes on from the newest file, not from the old one again."""
+    first = starter.run(out=tmp_path / "a", world=2, faults=[("send", {"number": signal.SIGTERM, "step": 1})])
+    once = [("send", {"number": signal.SIGKILL, "step": 5, "once": str(tmp_path / "struck")})]
+    job = starter.launch("TRAIN.SAVE_STEPS=1", "--resume", str(first.folder / LAST), out=tmp_path / "b",
+                         torchrun=torchrun("--max-restarts", "1"), faults=once)
+    job.wait().assert_ok()
+    assert job.text().count(f"resumed from {first.folder / LAST}") == 1
+    assert f"resumed from {step_file(job.folder, 5)}" in job.text()
+    assert_same_state(job.folder / LAST, reference(world=2))
+
+
 def test_failing_run_under_the_launcher(starter, tmp_path):
     """A mistake of the user under torchrun: every process says it in one line, the launcher fails, no orphans."""
-    job = starter.launch("MODEL.NUM_CLASSES=7", out=tmp_path, torchrun=torchrun(), ).wait()
+    job = starter.launch("MODEL.NUM_CLASSES=7", out=tmp_path, torchrun=torchrun()).wait()
     assert job.codes == [1]
     assert "MODEL.NUM_CLASSES" in job.text()
     job.assert_no_orphans()

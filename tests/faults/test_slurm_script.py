@@ -90,6 +90,17 @@ def test_old_status_does_not_count(slurm, tmp_path):
 
 
 @SLOW
+@pytest.mark.parametrize(("count", "kept"), (("0", True), ("1", False)), ids=("first", "second"))
+def test_resume_is_for_the_first_allocation(slurm, tmp_path, count, kept):
+    """SLURM script: --resume is passed on in the first allocation only, or each would start from that file again."""
+    command, environment = slurm(SRUN_STAND_IN, SLURM_RESTART_COUNT=count)
+    subprocess.run([*command, "--resume", "start.pth", "--resume=b.pth", "--tag", "x"], env=environment, timeout=240)
+    words = (tmp_path / "calls.srun").read_text().splitlines()
+    assert ("--resume" in words, "start.pth" in words, "--resume=b.pth" in words) == (kept, kept, kept)
+    assert words[-2:] == ["--tag", "x"]
+
+
+@SLOW
 def test_mistake_on_the_command_line(slurm, tmp_path):
     """SLURM script: a mistyped flag ends the job before anything is launched."""
     command, environment = slurm(SRUN_STAND_IN)
