@@ -12,7 +12,7 @@ Legend: B batch, C or K channels, H rows, W columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from torch.nn import functional as F
 from .layers import GRN, autocast_dtype
 
 aten = torch.ops.aten
+
+# Size of a map, per CPU thread, of which a few stay in the cache while operation after operation goes over them.
+CACHED_BYTES = 1536 * 1024
 
 _plain_depth = 0
 
@@ -63,6 +66,11 @@ def channels_last_gradient(x: Tensor) -> Tensor:
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """The type in which a product with `tensor` is computed: autocast's where that is on, else its own."""
     return autocast_dtype(tensor.device.type) or tensor.dtype
+
+
+def autocast_as_before(ctx: FunctionCtx) -> AbstractContextManager[None]:
+    """The autocast of the forward pass, which `ctx` holds as `device` and `autocast`, for what runs again behind it."""
+    return torch.autocast(ctx.device, ctx.autocast, enabled=ctx.autocast is not None, cache_enabled=False)
 
 
 class _NormGelu(torch.autograd.Function):
@@ -120,34 +128,51 @@ class _GeluGRN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, h: Tensor, gamma: Tensor, eps: float) -> Tensor:
-        a = F.gelu(h)
-        norm, mean, scale = _grn_terms(a, gamma, eps)
-        ctx.save_for_backward(h, gamma, a, norm, mean, scale)
-        return a * scale
+        z, activated, norms = torch.empty_like(h), [], []
+        for h_i, z_i in zip(_groups(h), _groups(z), strict=True):
+            activated.append(F.gelu(h_i))
+            norms.append(_norm_over_space(activated[-1]))
+            torch.mul(activated[-1], _grn_scale(norms[-1], gamma, eps).to(h.dtype), out=z_i)
+        ctx.save_for_backward(h, gamma, torch.cat(norms), *activated)
+        ctx.eps = eps
+        return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dz: Tensor) -> tuple[Tensor | None, ...]:
-        h, gamma, a, norm, mean, scale = ctx.saved_tensors
-        buffer = dz * a
-        r = buffer.sum(dim=(2, 3), keepdim=True, dtype=norm.dtype)
-        response = norm / mean
-        q = gamma.view(1, -1, 1, 1) * r
-        dnorm = (q - (q * response).mean(dim=1, keepdim=True)) / mean
-        torch.mul(dz, scale, out=buffer)
-        buffer.addcmul_(a, torch.where(norm > 0, dnorm / norm, 0.0).to(a.dtype))
-        dgamma = (r * response).sum(dim=0).view_as(gamma)
-        return aten.gelu_backward(buffer, h), dgamma, None
+        h, gamma, norm, *activated = ctx.saved_tensors
+        mean = norm.mean(dim=1, keepdim=True) + ctx.eps
+        response, scale = norm / mean, _grn_scale(norm, gamma, ctx.eps).to(h.dtype)
+        dh, sums = torch.empty_like(h), torch.empty_like(norm)
+        maps = (_groups(x) for x in (h, channels_last(dz), dh))
+        rows = (x.split(len(activated[0])) for x in (norm, mean, response, scale, sums))
+        for a, h_i, dz_i, dh_i, norm_i, mean_i, response_i, scale_i, r in zip(activated, *maps, *rows, strict=True):
+            buffer = dz_i * a
+            torch.sum(buffer, dim=(2, 3), keepdim=True, dtype=norm.dtype, out=r)
+            q = gamma.view(1, -1, 1, 1) * r
+            dnorm = (q - (q * response_i).mean(dim=1, keepdim=True)) / mean_i
+            torch.mul(dz_i, scale_i, out=buffer)
+            buffer.addcmul_(a, torch.where(norm_i > 0, dnorm / norm_i, 0.0).to(a.dtype))
+            aten.gelu_backward.grad_input(buffer, h_i, grad_input=dh_i)
+        return dh, (sums * response).sum(dim=0).view_as(gamma), None
 
 
-def _grn_terms(a: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """g, m and s of `_GeluGRN`, the last in the precision of `a`."""
+def _groups(x: Tensor) -> tuple[Tensor, ...]:
+    """Samples in groups: on the CPU so many that a few maps of a group fit its cache, else all at once."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return (x,)
+    return x.split(max(1, CACHED_BYTES * torch.get_num_threads() // (x[0].numel() * x.element_size())))
+
+
+def _norm_over_space(a: Tensor) -> Tensor:
+    """The L2 norm of each channel, (B, K, H, W) -> (B, K, 1, 1), float32 at least."""
     if a.dtype in (torch.float16, torch.bfloat16):  # squares could overflow: sum in float32, without a copy of a
-        norm = torch.linalg.vector_norm(a, dim=(2, 3), keepdim=True, dtype=torch.float32)
-    else:
-        norm = (a * a).sum(dim=(2, 3), keepdim=True).sqrt()
-    mean = norm.mean(dim=1, keepdim=True) + eps
-    return norm, mean, (1.0 + gamma.view(1, -1, 1, 1) * (norm / mean)).to(a.dtype)
+        return torch.linalg.vector_norm(a, dim=(2, 3), keepdim=True, dtype=torch.float32)
+    return (a * a).sum(dim=(2, 3), keepdim=True).sqrt()
+
+
+def _grn_scale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    return 1.0 + gamma.view(1, -1, 1, 1) * (norm / (norm.mean(dim=1, keepdim=True) + eps))
 
 
 def gelu_grn(grn: GRN, h: Tensor) -> Tensor:
@@ -158,10 +183,7 @@ def gelu_grn(grn: GRN, h: Tensor) -> Tensor:
     if not eager():
         a = F.gelu(h)
         return a * grn.scale(a)
-    if torch.is_grad_enabled():
-        return _GeluGRN.apply(h, grn.gamma, grn.eps)
-    a = F.gelu(h)
-    return a.mul_(_grn_terms(a, grn.gamma, grn.eps)[2])
+    return _GeluGRN.apply(h, grn.gamma, grn.eps)
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -233,6 +255,7 @@ class _WeightedSum(torch.autograd.Function):
         pooled = _pooled([x.detach() for x in maps])
         weights = weigh(pooled).to(pooled.dtype)
         ctx.weigh, ctx.parameters = weigh, parameters
+        ctx.device, ctx.autocast = pooled.device.type, autocast_dtype(pooled.device.type)
         ctx.save_for_backward(pooled, *maps)
         return _weighted(maps, weights)
 
@@ -241,7 +264,7 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         pooled, *maps = ctx.saved_tensors
         grad = channels_last(grad)
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast_as_before(ctx):
             leaf = pooled.detach().requires_grad_()
             weights = ctx.weigh(leaf).to(leaf.dtype)
         dweights = torch.stack([(grad * x).sum(dim=(2, 3), keepdim=True) for x in maps], dim=2)

@@ -1,8 +1,8 @@
 """Chains of cheap functions and linear layers over the channels that keep little for the backward pass.
 
 Most of the network is such a chain: a linear layer (1x1 convolution), whose matrix product is dear, after something
-cheap, such as a depthwise convolution or a GELU. Autograd keeps what the cheap function gives and usually its parts too;
-a `linear_chain` keeps what goes into it. See `models.lean` for where this applies.
+cheap, such as a depthwise convolution or a GELU. Autograd keeps what the cheap function gives and usually its parts
+too; a `linear_chain` keeps what goes into it. See `models.lean` for where this applies.
 
 Legend: B batch, H rows, W columns.
 """
@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from .layers import PointwiseLinear, autocast_dtype
-from .lean import channels_last, eager, product_dtype, untouched
+from .lean import autocast_as_before, channels_last, eager, product_dtype, untouched
 
 # Positions (samples * rows * columns) that a CPU thread takes at a time: what one operation writes, the next finds in
 # its cache.
@@ -160,8 +160,7 @@ def _back(
     if any(now is not then for now, then in zip(step.parameters(), parameters, strict=True)):
         raise RuntimeError("parameters were replaced between forward and backward: run both inside plain_autograd()")
     needed = ctx.needs_input_grad[3 : 3 + ctx.num_inputs] if index == 0 else (True,)
-    autocast = torch.autocast(ctx.device, ctx.autocast, enabled=ctx.autocast is not None, cache_enabled=False)
-    with torch.enable_grad(), autocast:
+    with torch.enable_grad(), autocast_as_before(ctx):
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
         z = step.prepare(*leaves)
     mask = [z.requires_grad, True, bias is not None]
