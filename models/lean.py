@@ -4,6 +4,7 @@ Autograd keeps every intermediate map for the backward pass and walks through me
 functions here and in `models.linear_chain` keep the inputs of a group of cheap operations and rebuild the rest in the
 backward pass. Values and gradients are those of the plain formulation, which each docstring states. It runs instead
 
+- on devices where it was not measured (`DEVICES`),
 - inside `plain_autograd()`, which differentiating twice needs (the functions here refuse it),
 - under torch.compile and in exports, where the compiler does this work itself,
 - where a module was replaced, or carries hooks, parametrizations or synchronised statistics.
@@ -24,6 +25,9 @@ from .layers import GRN, autocast_dtype
 
 aten = torch.ops.aten
 
+# Types of device on which this was measured to pay. GPUs were not: there PyTorch's own operations run, or torch.compile.
+DEVICES = {"cpu"}
+
 # Size of a map, per CPU thread, of which a few stay in the cache while operation after operation goes over them.
 CACHED_BYTES = 1536 * 1024
 
@@ -41,9 +45,9 @@ def plain_autograd() -> Iterator[None]:
         _plain_depth -= 1
 
 
-def eager() -> bool:
-    """Whether the hand-written gradients may be used at all."""
-    return not (_plain_depth or torch.compiler.is_compiling() or torch.jit.is_tracing())
+def eager(x: Tensor) -> bool:
+    """Whether the hand-written gradients may be used for `x` at all."""
+    return x.device.type in DEVICES and not (_plain_depth or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
@@ -58,7 +62,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def channels_last_gradient(x: Tensor) -> Tensor:
     """`x`, whose gradient reaches the operations before it in channels_last order: mixed orders slow them down."""
-    if eager() and x.requires_grad:
+    if eager(x) and x.requires_grad:
         x.register_hook(channels_last)
     return x
 
@@ -109,7 +113,7 @@ def norm_gelu(norm: nn.Module, x: Tensor, *, halves: bool = False) -> Any:
 
     Shape: (B, C, H, W) -> same, or two of (B, C / 2, H, W).
     """
-    lean = eager() and torch.is_grad_enabled() and x.requires_grad and x.device.type in ("cpu", "cuda")
+    lean = eager(x) and torch.is_grad_enabled() and x.requires_grad
     if not (lean and norm.training and untouched(norm, nn.BatchNorm2d) and norm.momentum is not None):
         x = norm(x)
         return tuple(F.gelu(half) for half in x.chunk(2, dim=1)) if halves else F.gelu(x)
@@ -180,7 +184,7 @@ def gelu_grn(grn: GRN, h: Tensor) -> Tensor:
 
     Shape: (B, K, H, W) -> same.
     """
-    if not eager():
+    if not eager(h):
         a = F.gelu(h)
         return a * grn.scale(a)
     return _GeluGRN.apply(h, grn.gamma, grn.eps)
@@ -234,7 +238,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.kernel_size[1] > 3 and x.device.type == "cpu"
-        if wide and eager() and torch.is_grad_enabled() and self.weight.requires_grad:
+        if wide and eager(x) and torch.is_grad_enabled() and self.weight.requires_grad:
             dtype = product_dtype(x)
             return _DepthwiseConv.apply(x.to(dtype), self.weight.to(dtype))
         return super().forward(x)
@@ -295,7 +299,7 @@ def weighted_sum(*maps: Tensor, weigh: Callable[[Tensor], Tensor], modules: Sequ
         modules: where the parameters of `weigh` are.
     Shape: n x (B, C, H, W) -> same.
     """
-    if not (eager() and torch.is_grad_enabled() and all(x.requires_grad for x in maps)):
+    if not (eager(maps[0]) and torch.is_grad_enabled() and all(x.requires_grad for x in maps)):
         pooled = _pooled(maps)
         return _weighted(maps, weigh(pooled).to(pooled.dtype))
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]

@@ -60,7 +60,7 @@ def linear_chain(*inputs: Tensor, steps: Sequence[Step]) -> Tensor:
 
     Shape: maps (B, ..., H, W) -> (B, outputs of the last linear layer, H, W).
     """
-    if not eager() or not all(untouched(step.linear, nn.Conv2d, PointwiseLinear) for step in steps):
+    if not eager(inputs[0]) or not all(untouched(step.linear, nn.Conv2d, PointwiseLinear) for step in steps):
         return _plain_chain(inputs, steps)
     weights = [tensor for step in steps for tensor in step.folded()]
     parameters = [step.parameters() for step in steps]

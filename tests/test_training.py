@@ -211,7 +211,7 @@ def test_moving_average_is_ranked_saved_and_selectable(tiny: TinyRun) -> None:
 def test_mixed_precision(tiny: TinyRun, amp: str) -> None:
     row = rows(tiny.train("--amp", amp, tag=amp))[-1]
     assert row["train_loss"] == row["train_loss"]
-    assert row["skipped"] <= 2  # float16 may skip while its scale settles
+    assert row["skipped"] <= 4  # float16 skips while its scale settles: it starts at 65,536 and halves with each
 
 
 def test_accumulation_equals_a_larger_batch(tiny: TinyRun) -> None:
