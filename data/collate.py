@@ -1,11 +1,14 @@
 """From samples to one batch."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+_SHARES = hasattr(os, "memfd_create")  # Linux
 
 Sample = tuple[np.ndarray | Tensor, int, int]  # image, target, index
 
@@ -26,10 +29,8 @@ def collate_arrays(samples: Sequence[Sample]) -> tuple[Tensor, np.ndarray, np.nd
     if isinstance(pictures[0], Tensor):
         images = torch.stack(pictures)
     else:
-        images = _shared_empty((len(pictures), *pictures[0].shape))
-        for row, picture in zip(images.numpy(), pictures, strict=True):
-            row[...] = picture
-        images = images.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+        stack = _stack_shared if _SHARES and get_worker_info() is not None else _stack
+        images = stack(pictures).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
     return images, np.array(targets, dtype=np.int64), np.array(indices, dtype=np.int64)
 
 
@@ -39,7 +40,23 @@ def as_tensors(batch: tuple[Tensor, np.ndarray, np.ndarray]) -> tuple[Tensor, Te
     return images, torch.from_numpy(targets), torch.from_numpy(indices)
 
 
-def _shared_empty(shape: tuple[int, ...]) -> Tensor:
-    """Return an uninitialised uint8 tensor; in a worker in shared memory, so that sending it copies nothing."""
-    batch = torch.empty(shape, dtype=torch.uint8)
-    return batch if get_worker_info() is None else batch.share_memory_()
+def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures))
+
+
+def _stack_shared(pictures: Sequence[np.ndarray]) -> Tensor:
+    """Stack pictures into a memory file, which travels to the main process without another copy.
+
+    Writing fills new pages twice as fast as touching them does, and, unlike torch's own shared memory, a memory file
+    does not count towards /dev/shm, which containers make too small for batches of images.
+    """
+    file = os.memfd_create("batch", os.MFD_CLOEXEC)
+    try:
+        for picture in pictures:
+            if os.write(file, picture) != picture.nbytes:
+                raise OSError(f"no memory for a batch of {len(pictures)} images of {picture.nbytes} bytes")
+        # as torch.multiprocessing opens the memory files that it receives
+        storage = torch.UntypedStorage._new_shared_fd_cpu(file, len(pictures) * pictures[0].nbytes)
+    finally:
+        os.close(file)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (len(pictures), *pictures[0].shape))

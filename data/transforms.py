@@ -183,7 +183,7 @@ class EvalResize:
         if picture_size(picture) != target:
             picture = self.resize(picture, target, self.interpolation)
         top, left = (int(round((length - self.size) / 2.0)) for length in target)  # torchvision's rounding
-        return np.asarray(cut(picture, top, left, self.size, self.size))
+        return np.ascontiguousarray(cut(picture, top, left, self.size, self.size))
 
     def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
         if self.short_side is None:
