@@ -25,7 +25,7 @@ from .layers import GRN, autocast_dtype
 
 aten = torch.ops.aten
 
-# Types of device on which this was measured to pay. GPUs were not: there PyTorch's own operations run, or torch.compile.
+# Types of device on which this was measured to pay. GPUs were not: there PyTorch runs its own operations, or compiles.
 DEVICES = {"cpu"}
 
 # Size of a map, per CPU thread, of which a few stay in the cache while operation after operation goes over them.
