@@ -199,7 +199,8 @@ def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: 
                      device=session.run.device)
         if session.stop.poll():
             break
-        if session.stop.save_due or (config.TRAIN.SAVE_STEPS and progress.global_step % config.TRAIN.SAVE_STEPS == 0):
+        due = config.TRAIN.SAVE_STEPS and progress.global_step % config.TRAIN.SAVE_STEPS == 0
+        if (due or session.stop.save_due) and not state.guard.last_skipped():
             save(state, session)
     check_finite(state, session)
     row = epoch_row(state.means, timer, device=session.run.device)

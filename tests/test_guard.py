@@ -106,6 +106,7 @@ def test_counted_reported_and_stopped(caplog):
     with caplog.at_level(logging.WARNING):
         assert training.guard.check("epoch 1") == 4
         assert training.guard.check("epoch 1") == 4
+    assert training.guard.last_skipped()
     assert caplog.text.count("epoch 1: loss or gradient is not finite; 4 update(s) skipped, 4 so far, 2 in a row") == 1
     assert training.guard.state_dict() == {"skipped": 4, "in_a_row": 2}
     other = Training(limit=3)

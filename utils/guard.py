@@ -132,6 +132,13 @@ class NonFiniteGuard:
                                  f"(TRAIN.MAX_NONFINITE is {self.limit})")
         return total
 
+    def last_skipped(self) -> bool:
+        """Whether the newest update was skipped (waits for the device); the same on all processes.
+
+        Such a state is not worth saving: rotation would give up files from before the trouble for it.
+        """
+        return int(self._in_a_row) > 0
+
     def state_dict(self) -> dict[str, int]:
         """Counters, as plain integers."""
         return {"skipped": int(self._total), "in_a_row": int(self._in_a_row)}
