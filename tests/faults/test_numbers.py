@@ -1,6 +1,7 @@
 """Numbers that are not finite: skipped on all processes without a trace, counted, and in the end explained."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from utils.checkpoint_io import first_nonfinite, load_checkpoint
 
 SLOW = pytest.mark.faults
 ONE_EPOCH = ("TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0")
-EVERY_UPDATE = ("TRAIN.SAVE_STEPS=1", "TRAIN.SAVE_KEEP=50", *ONE_EPOCH)
 
 
 def replay(dump: Path, *words: str) -> subprocess.CompletedProcess:
@@ -45,7 +45,9 @@ def assert_equal(first, second) -> None:
 def test_one_bad_batch(starter, tmp_path, world, opts, value):
     """inf in one batch of one process: all skip that update, nothing moves, it is counted, the run completes."""
     bad = [("bad_pixels", {"first": 2, "last": 2, "rank": world - 1, "value": value})]
-    job = starter.run(*opts, *EVERY_UPDATE, out=tmp_path, world=world, faults=bad).assert_ok()
+    for faults, step in (([], 1), (bad, 2)):  # saved by a stop right before and right after the bad update
+        stop = [("send", {"number": signal.SIGTERM, "step": step})]
+        job = starter.run(*opts, *ONE_EPOCH, out=tmp_path, world=world, faults=faults + stop).assert_ok("preempted")
     before, after = (load_checkpoint(step_file(job.folder, step)) for step in (2, 3))
     assert_equal(before["model"], after["model"])
     assert_equal(before["optimizer"]["state"], after["optimizer"]["state"])
@@ -57,6 +59,7 @@ def test_one_bad_batch(starter, tmp_path, world, opts, value):
     if "TRAIN.AMP=fp16" in opts:
         assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
     assert f"loss or gradient is not finite; 1 update(s) skipped, {skipped + 1} so far" in job.text()
+    job = starter.run(*opts, *ONE_EPOCH, out=tmp_path, world=world).assert_ok()
     last = load_checkpoint(step_file(job.folder, max(steps(job.folder))))
     assert first_nonfinite(last["model"]) is first_nonfinite(last["ema"]) is None
     row = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -73,6 +76,7 @@ def test_diverged_for_good(starter, tmp_path, world):
                       "The last good checkpoint is ", "python tools/replay.py ")
     assert "Traceback" not in job.text()
     assert "not finite in 3 updates in a row" in job.status()["error"]
+    assert steps(job.folder) == [1]  # while updates are skipped, the files from before are not given up
     for path in job.folder.glob("*.pth"):
         payload = load_checkpoint(path)
         assert first_nonfinite(payload["model"]) is first_nonfinite(payload["ema"]) is None
