@@ -17,8 +17,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .depthwise import DepthwiseConv2d
 from .layers import GRN, ChannelLayerNorm, PointwiseLinear, add_residual
-from .lean import DepthwiseConv2d, channels_last_gradient, gelu_grn, norm_gelu, weighted_sum
+from .lean import channels_last_gradient, gelu_grn, norm_gelu, weighted_sum
 from .linear_chain import Step, linear_chain
 
 

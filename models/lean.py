@@ -190,60 +190,6 @@ def gelu_grn(grn: GRN, h: Tensor) -> Tensor:
     return _GeluGRN.apply(h, grn.gamma, grn.eps)
 
 
-class _DepthwiseConv(torch.autograd.Function):
-    """Depthwise convolution on the CPU. Its weight gradient is taken three columns of the kernel at a time.
-
-    oneDNN is several times faster for kernels at most 3 wide. Column j of the gradient sees the input moved by
-    j - width // 2, so columns lo .. hi - 1 are the gradient of a narrow kernel over the padded input from column lo on.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=len(weight))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows, width = weight.shape[2] // 2, weight.shape[3]
-        columns = width // 2
-        grad, dweight = channels_last(grad), torch.empty_like(weight)
-
-        def gradients(x: Tensor, kernel: Tensor, padding: list[int], mask: list[bool]) -> tuple[Tensor, ...]:
-            return aten.convolution_backward(
-                grad, x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], len(kernel), mask
-            )
-
-        padded = F.pad(x, (columns, columns))
-        for lo in range(0, width, 3):
-            hi = min(lo + 3, width)
-            moved = channels_last(padded[..., lo : x.shape[3] + hi - 1])
-            dweight[..., lo:hi] = gradients(moved, weight[..., lo:hi], [rows, 0], [False, True, False])[1]
-        return gradients(x, weight, [rows, columns], [True, False, False])[0], dweight
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution with stride 1 and zeros around the map, without bias.
-
-    Args:
-        dim: channels C.
-        kernel_size: rows and columns of the kernel, odd.
-    Shape: (B, C, H, W) -> same.
-    """
-
-    def __init__(self, dim: int, kernel_size: tuple[int, int]) -> None:
-        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.kernel_size[1] > 3 and x.device.type == "cpu"
-        if wide and eager(x) and torch.is_grad_enabled() and self.weight.requires_grad:
-            dtype = product_dtype(x)
-            return _DepthwiseConv.apply(x.to(dtype), self.weight.to(dtype))
-        return super().forward(x)
-
-
 class _WeightedSum(torch.autograd.Function):
     """y = w_1 x_1 + w_2 x_2 + ... with weights w = f(mean over space of x_1 + x_2 + ...), one per sample and channel.
 
