@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with start_run(config) as run, stop:
         run.write_status("running")
         try:
-            train(build_session(config, run, stop), allow_change=args.allow_change)
+            with build_session(config, run, stop) as session:
+                train(session, allow_change=args.allow_change)
         except BaseException as error:
             run.write_failure(error)
             raise
@@ -263,9 +264,10 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> No
     if is_best:
         progress.best_acc1, progress.best_epoch = result.acc1, epoch
     progress.epoch, progress.samples_seen = epoch, 0
+    bad_images = session.count_bad_images()
     if session.run.is_main:  # before saving: a restart in between repeats the evaluation and drops this row
         row = {"epoch": epoch, "step": progress.global_step, "lr": state.optimizer.param_groups[0]["lr"], **row,
-               "skipped": state.guard.reported, "best_acc1": progress.best_acc1}
+               "skipped": state.guard.reported, "bad_images": bad_images, "best_acc1": progress.best_acc1}
         record_epoch(session.run.output_dir, row, result)
     milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS else ()
     save(state, session, (*((BEST,) if is_best else ()), *milestone))

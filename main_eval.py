@@ -10,6 +10,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 
 import torch
@@ -68,10 +69,10 @@ def evaluate_checkpoint(config, process: Run, *, weights: str | None = None) -> 
                             require_ema=weights == "ema")
     check_classes(loader.dataset.classes, facts, source)
     warn_preprocessing(config, facts, source)
-    result = evaluate(
-        inference_form(model), loader, device=process.device, autocast=build_precision(config, process.device).autocast,
-        batch_transform=build_batch_transform(config, is_train=False, device=process.device, rank=process.rank),
-    )
+    transform = build_batch_transform(config, is_train=False, device=process.device, rank=process.rank)
+    with closing(loader):
+        result = evaluate(inference_form(model), loader, device=process.device, batch_transform=transform,
+                          autocast=build_precision(config, process.device).autocast)
     top5 = f", top-5 {result.acc5:.2f} %" if config.MODEL.NUM_CLASSES > 5 else ""
     logger.info("%s: top-1 %.2f %%%s, loss %.4f on %d samples", source, result.acc1, top5, result.loss,
                 result.num_samples)

@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.checkpoint import Progress, TrainState
 from utils.checkpoint_store import CheckpointStore
+from utils.distributed import gather_objects
 from utils.lr_scheduler import global_batch_size
 from utils.precision import Precision
 from utils.runtime import Run
@@ -36,6 +37,18 @@ class Session:
     store: CheckpointStore
     stop: StopRequest
     facts: dict[str, Any]
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Stop the data workers."""
+        self.loader.close()
+        self.val_loader.close()
+
+    def count_bad_images(self) -> int:
+        """Unreadable training images met so far, over all processes (``DATA.BAD_IMAGES skip``). Collective."""
+        return len(set().union(*gather_objects(self.loader.dataset.bad_indices())))
 
     @property
     def accumulation(self) -> int:
