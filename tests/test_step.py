@@ -113,7 +113,8 @@ class HostReads(TorchDispatchMode):
         return noting
 
     def _note(self) -> None:
-        ours = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
+        files = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
+        ours = [frame for frame in files if "site-packages" not in frame.filename]  # an environment may lie inside
         inner = next(frame for frame in reversed(ours) if frame.filename != __file__)
         self.places[f"{Path(inner.filename).relative_to(ROOT)}:{inner.name}"] += 1
 
