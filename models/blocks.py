@@ -86,10 +86,10 @@ class StripMLPLayer(nn.Module):
         return x.permute(0, 1, 3, 2, 4) if self.axis == "row" else x.permute(0, 1, 3, 4, 2)
 
 
-def concatenated(first: Tensor, second: Tensor) -> Tensor:
-    """The channels of two maps, one after the other, as one map: 2 x (B, P, G, H, W) -> (B, 2 * D, H, W)."""
-    both = torch.stack([x.permute(0, 3, 4, 1, 2) for x in (first, second)], dim=3)  # -> (B, H, W, 2, P, G)
-    return both.flatten(3).permute(0, 3, 1, 2)  # (B, H, W, 2, P, G) -> (B, 2 * D, H, W)
+def concatenated(*maps: Tensor) -> Tensor:
+    """The channels of n maps, one after the other, as one map: n x (B, P, G, H, W) -> (B, n * D, H, W)."""
+    together = torch.stack([x.permute(0, 3, 4, 1, 2) for x in maps], dim=3)  # -> (B, H, W, n, P, G)
+    return together.flatten(3).permute(0, 3, 1, 2)  # (B, H, W, n, P, G) -> (B, n * D, H, W)
 
 
 class CGSMM(nn.Module):

@@ -2,7 +2,7 @@
 
 What is folded, in the order of a block:
 
-- the BatchNorm behind a projection goes into its weight and bias;
+- the first BatchNorm becomes one scale and shift; the one behind the projection goes into its weight and bias;
 - a Strip MLP layer is linear, so ``mix(u + pos) = mix_without_bias(u) + mix(pos)``: the position table and the bias
   become one constant map, which the 1x1 convolutions behind the layer carry on to where one addition serves;
 - the CGSMM's last convolution and the block's fuse are linear in [u, columns] and become one matrix product over
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import CGSMM, ChannelMixingBlock, StripMixingBlock, StripMLPBlock, StripMLPLayer
+from .blocks import CGSMM, LSMM, ChannelMixingBlock, StripMixingBlock, StripMLPBlock, StripMLPLayer, concatenated
+from .lean import channels_last
+from .packed import PackedConv2d, PackedLinear
 
 # Bytes, a thread, of the largest map that samples go through a stage together with on the CPU: what one operation
 # writes, the next finds in the cache.
@@ -31,7 +33,7 @@ class InferenceStripMLP(nn.Module):
     """A trained `StripMLPNet` in its inference form; made by ``StripMLPNet.to_inference()``.
 
     Takes and gives what the network does, in evaluation mode. Its tensors are buffers under names of its own: it can be
-    moved and saved, but not trained, and it keeps the weights of the moment it was made.
+    moved and saved, but not trained or differentiated, and it keeps the weights of the moment it was made.
 
     Args:
         model: the network, a `StripMLPNet`; it is left alone.
@@ -75,6 +77,8 @@ class InferenceStripMLP(nn.Module):
         if x.shape[1:] != (self.in_chans, self.img_size, self.img_size):
             raise ValueError(f"input of shape {tuple(x.shape)}, but this network takes (batch, {self.in_chans}, "
                              f"{self.img_size}, {self.img_size})")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("the inference form gives no gradients: use the network it was made from")
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         merged1 = self.merging[0](self._stage(0, x))
         merged2 = self.merging[1](self._stage(1, merged1))
@@ -88,7 +92,7 @@ class InferenceStripMLP(nn.Module):
         blocks = self.stages[stage]
         if x.device.type != "cpu" or torch.compiler.is_compiling() or len(blocks) == 0:
             return _run(blocks, x)
-        largest = len(blocks[0].fc1_weight) * x.shape[2] * x.shape[3] * x.element_size()
+        largest = len(blocks[0].fc1.weight) * x.shape[2] * x.shape[3] * x.element_size()
         group = max(1, round(CHUNK_BYTES * torch.get_num_threads() / largest))
         return _run(blocks, x) if len(x) <= group else torch.cat([_run(blocks, part) for part in x.split(group)])
 
@@ -109,10 +113,12 @@ class _FoldedBlock(nn.Module):
 
     def _fold_strip_mixing(self, mixing: StripMixingBlock) -> None:
         like = mixing.project.weight
-        self.norm, self.dwconv, self.lsmm = _frozen(mixing.norm1), _frozen(mixing.dwconv), _frozen(mixing.lsmm)
+        scale, shift = _affine(mixing.norm1)
+        _store(self, like, norm_scale=scale.view(1, -1, 1, 1), norm_shift=shift.view(1, -1, 1, 1))
+        self.dwconv, self.lsmm = _conv(mixing.dwconv), _FoldedLSMM(mixing.lsmm)
         scale, shift = _affine(mixing.norm2)
         weight, bias = _matrix(mixing.project.weight), mixing.project.bias.double()
-        _store(self, like, project_weight=_kernel(scale[:, None] * weight), project_bias=scale * bias + shift)
+        self.project = _linear(like, scale[:, None] * weight, scale * bias + shift, gelu=True)
         self._fold_cgsmm(mixing.cgsmm, _matrix(mixing.fuse.weight))
 
     def _fold_cgsmm(self, cgsmm: CGSMM, fuse: Tensor) -> None:
@@ -125,42 +131,57 @@ class _FoldedBlock(nn.Module):
         last = _matrix(cgsmm.column_fuse.weight)  # over [u, columns]
         into_u = fuse[:, :dim] @ last  # over [u, columns], for all C outputs
         fuse_map = torch.einsum("oi,ihw->ohw", into_u[:, dim:], columns)
-        _store(self, cgsmm.row_fuse.weight, row_weight=_kernel(weight), row_map=_map(row_map),
-               fuse_weight=_kernel(torch.cat([into_u, fuse[:, dim:]], dim=1)), fuse_map=_map(fuse_map))
+        like = cgsmm.row_fuse.weight
+        self.row_fuse = _linear(like, weight)
+        self.fuse = _linear(like, torch.cat([into_u, fuse[:, dim:]], dim=1))
+        _store(self, like, row_map=_map(row_map), fuse_map=_map(fuse_map))
 
     def _fold_channel_mixing(self, mixing: ChannelMixingBlock) -> None:
-        self.dwconv7 = _frozen(mixing.dwconv)
+        self.dwconv7 = _conv(mixing.dwconv)
         self.eps = mixing.norm.eps
         self.grn = _frozen(mixing.grn)
         first, second = mixing.fc1.weight.double(), mixing.fc2.weight.double()
         scale, shift = mixing.norm.weight.double(), mixing.norm.bias.double()
         fc1_bias = mixing.fc1.bias.double() + first @ shift
         fc2_bias = mixing.fc2.bias.double() + second @ mixing.grn.beta.double().flatten()
-        _store(self, mixing.fc1.weight, fc1_weight=_kernel(first * scale), fc1_bias=fc1_bias,
-               fc2_weight=_kernel(second), fc2_bias=fc2_bias)
+        self.fc1 = _linear(mixing.fc1.weight, first * scale, fc1_bias, gelu=True)
+        self.fc2 = _linear(mixing.fc2.weight, second, fc2_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._strip_mixing(x)
-        return x + self._channel_mixing(x)
+        x = self._with_strip_mixing(x)
+        return self._with_channel_mixing(x)
 
-    def _strip_mixing(self, x: Tensor) -> Tensor:
-        x = self.dwconv(_gelu(self.norm(x)))
-        x = _gelu(F.conv2d(x, self.project_weight, self.project_bias))
-        u, v = x.chunk(2, dim=1)
-        q = _gelu(F.conv2d(torch.cat([self._mixed(self.row_mix, u), u], dim=1), self.row_weight) + self.row_map)
-        x = torch.cat([u, self._mixed(self.column_mix, q), self.lsmm(v)], dim=1)
-        return F.conv2d(x, self.fuse_weight) + self.fuse_map
+    def _with_strip_mixing(self, residual: Tensor) -> Tensor:
+        x = _gelu(torch.addcmul(self.norm_shift, residual, self.norm_scale))
+        x = self.project(self.dwconv(x))
+        u, v = x.unflatten(1, (2, self.row_mix.num_patches, -1)).unbind(1)  # (B, C, H, W) -> 2 x (B, P, G, H, W)
+        q = _gelu(self.row_fuse(concatenated(self.row_mix(u.flatten(1, 2)), u)).add_(self.row_map))
+        v = self.lsmm(channels_last(v.flatten(1, 2))).unflatten(1, v.shape[1:3])  # (B, P, G, H, W) -> same
+        return self.fuse(concatenated(u, self.column_mix(q), v)).add_(self.fuse_map).add_(residual)
 
-    @staticmethod
-    def _mixed(layer: StripMLPLayer, x: Tensor) -> Tensor:
-        x = layer(x).permute(0, 3, 4, 1, 2).flatten(3)  # (B, P, G, H, W) -> (B, H, W, D)
-        return x.permute(0, 3, 1, 2)  # (B, H, W, D) -> (B, D, H, W)
-
-    def _channel_mixing(self, x: Tensor) -> Tensor:
-        x = self.dwconv7(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+    def _with_channel_mixing(self, residual: Tensor) -> Tensor:
+        x = self.dwconv7(residual).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         x = F.layer_norm(x, x.shape[3:], None, None, self.eps).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
-        x = _gelu(F.conv2d(x, self.fc1_weight, self.fc1_bias))
-        return F.conv2d(x.mul_(self.grn.scale(x)), self.fc2_weight, self.fc2_bias)
+        x = self.fc1(x)
+        return self.fc2(x.mul_(self.grn.scale(x))).add_(residual)
+
+
+class _FoldedLSMM(nn.Module):
+    """Inference form of an `LSMM`. Shape: (B, D, H, W) -> same."""
+
+    def __init__(self, lsmm: LSMM) -> None:
+        super().__init__()
+        self.tall, self.wide = _conv(lsmm.tall), _conv(lsmm.wide)
+        first, second = lsmm.reweight1, lsmm.reweight2
+        self.reweight1 = _linear(first.weight, _matrix(first.weight), first.bias, gelu=True)
+        self.reweight2 = _linear(second.weight, _matrix(second.weight), second.bias)
+
+    def forward(self, v: Tensor) -> Tensor:
+        tall, wide = self.tall(v), self.wide(v)
+        pooled = tall.mean(dim=(2, 3)) + wide.mean(dim=(2, 3)) + v.mean(dim=(2, 3))
+        z = self.reweight2(self.reweight1(pooled[:, :, None, None]))
+        weights = z.unflatten(1, (-1, 3)).softmax(dim=2).to(v.dtype)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
+        return tall.mul_(weights[:, :, 0]).addcmul_(wide, weights[:, :, 1]).addcmul_(v, weights[:, :, 2])
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -179,9 +200,15 @@ def _matrix(kernel: Tensor) -> Tensor:
     return kernel.double().flatten(1)
 
 
-def _kernel(matrix: Tensor) -> Tensor:
-    """A matrix (out, in) as the weight of a 1x1 convolution."""
-    return matrix[:, :, None, None]
+def _conv(conv: nn.Conv2d) -> PackedConv2d:
+    """A convolution with constant weights of its own, without bias."""
+    return PackedConv2d(conv.weight.detach().clone(), padding=conv.padding, groups=conv.groups)
+
+
+def _linear(like: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> PackedLinear:
+    """A linear layer with a copy of the (out, in) weight, in the type and on the device of `like`."""
+    weight, bias = (None if tensor is None else tensor.detach().clone().to(like) for tensor in (weight, bias))
+    return PackedLinear(weight, bias, gelu=gelu)
 
 
 def _map(values: Tensor) -> Tensor:
@@ -204,5 +231,5 @@ def _without_bias(layer: StripMLPLayer, position: Tensor) -> tuple[StripMLPLayer
     """`layer` as a purely linear map, and what it makes of the position map with its bias, float64 (D, H, W)."""
     constant = copy.deepcopy(layer).double()(position.double()[None])  # (1, D, H, W) -> (1, P, G, H, W)
     linear = _frozen(layer)
-    linear.mix.bias = None
+    linear.mix = _conv(layer.mix)
     return linear, constant[0].flatten(0, 1)

@@ -6,7 +6,7 @@ norm over the channels reads contiguous memory; ``permute(0, 2, 3, 1)`` is then 
 Legend: B batch, C or K channels, H rows, W columns.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -14,6 +14,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+# Size of a map, per CPU thread, of which a few stay in the cache while operation after operation goes over them.
+CACHED_BYTES = 1536 * 1024
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -47,6 +50,27 @@ class ChannelLayerNorm(nn.LayerNorm):
         return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
+def cache_groups(x: Tensor) -> tuple[Tensor, ...]:
+    """Samples in groups: on the CPU so many that a few maps of a group fit its cache, else all at once."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return (x,)
+    return x.split(max(1, CACHED_BYTES * torch.get_num_threads() // (x[0].numel() * x.element_size())))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The samples of all `parts`, one part after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def norm_over_space(y: Tensor) -> Tensor:
+    """The L2 norm of each channel, (B, K, H, W) -> (B, K, 1, 1), in float32 at least, as half precision overflows."""
+    halved = y.dtype in (torch.float16, torch.bfloat16)
+    if y.device.type == "cpu" and not (halved or (y.requires_grad and torch.is_grad_enabled())):
+        # 5 times as fast there as the operation for it, but its gradient at 0 is no number
+        return joined([(part * part).sum(dim=(2, 3), keepdim=True) for part in cache_groups(y)]).sqrt()
+    return torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True, dtype=torch.float32 if halved else None)
+
+
 class GRN(nn.Module):
     """Global response normalisation (ConvNeXt V2, arXiv 2301.00808, sec. 3) with its residual, as Strip-MLP uses it.
 
@@ -67,7 +91,7 @@ class GRN(nn.Module):
 
     def scale(self, y: Tensor) -> Tensor:
         """The factor ``1 + gamma * n`` by which the whole layer multiplies its input, (B, K, H, W) -> (B, K, 1, 1)."""
-        norm = torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32))
+        norm = norm_over_space(y)
         response = norm / (norm.mean(dim=1, keepdim=True) + self.eps)
         return (1.0 + self.gamma.view(1, -1, 1, 1) * response).to(y.dtype)
 

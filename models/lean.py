@@ -14,6 +14,7 @@ Legend: B batch, C or K channels, H rows, W columns.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,15 +22,12 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from .layers import GRN, autocast_dtype
+from .layers import GRN, autocast_dtype, cache_groups, norm_over_space
 
 aten = torch.ops.aten
 
 # Types of device on which this was measured to pay. GPUs were not: there PyTorch runs its own operations, or compiles.
 DEVICES = {"cpu"}
-
-# Size of a map, per CPU thread, of which a few stay in the cache while operation after operation goes over them.
-CACHED_BYTES = 1536 * 1024
 
 _plain_depth = 0
 
@@ -133,9 +131,9 @@ class _GeluGRN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, h: Tensor, gamma: Tensor, eps: float) -> Tensor:
         z, activated, norms = torch.empty_like(h), [], []
-        for h_i, z_i in zip(_groups(h), _groups(z), strict=True):
+        for h_i, z_i in zip(cache_groups(h), cache_groups(z), strict=True):
             activated.append(F.gelu(h_i))
-            norms.append(_norm_over_space(activated[-1]))
+            norms.append(norm_over_space(activated[-1]))
             torch.mul(activated[-1], _grn_scale(norms[-1], gamma, eps).to(h.dtype), out=z_i)
         ctx.save_for_backward(h, gamma, torch.cat(norms), *activated)
         ctx.eps = eps
@@ -148,7 +146,7 @@ class _GeluGRN(torch.autograd.Function):
         mean = norm.mean(dim=1, keepdim=True) + ctx.eps
         response, scale = norm / mean, _grn_scale(norm, gamma, ctx.eps).to(h.dtype)
         dh, sums = torch.empty_like(h), torch.empty_like(norm)
-        maps = (_groups(x) for x in (h, channels_last(dz), dh))
+        maps = (cache_groups(x) for x in (h, channels_last(dz), dh))
         rows = (x.split(len(activated[0])) for x in (norm, mean, response, scale, sums))
         for a, h_i, dz_i, dh_i, norm_i, mean_i, response_i, scale_i, r in zip(activated, *maps, *rows, strict=True):
             buffer = dz_i * a
@@ -159,20 +157,6 @@ class _GeluGRN(torch.autograd.Function):
             buffer.addcmul_(a, torch.where(norm_i > 0, dnorm / norm_i, 0.0).to(a.dtype))
             aten.gelu_backward.grad_input(buffer, h_i, grad_input=dh_i)
         return dh, (sums * response).sum(dim=0).view_as(gamma), None
-
-
-def _groups(x: Tensor) -> tuple[Tensor, ...]:
-    """Samples in groups: on the CPU so many that a few maps of a group fit its cache, else all at once."""
-    if x.device.type != "cpu" or x.numel() == 0:
-        return (x,)
-    return x.split(max(1, CACHED_BYTES * torch.get_num_threads() // (x[0].numel() * x.element_size())))
-
-
-def _norm_over_space(a: Tensor) -> Tensor:
-    """The L2 norm of each channel, (B, K, H, W) -> (B, K, 1, 1), float32 at least."""
-    if a.dtype in (torch.float16, torch.bfloat16):  # squares could overflow: sum in float32, without a copy of a
-        return torch.linalg.vector_norm(a, dim=(2, 3), keepdim=True, dtype=torch.float32)
-    return (a * a).sum(dim=(2, 3), keepdim=True).sqrt()
 
 
 def _grn_scale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
@@ -225,7 +209,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
-    return sum(x.mean(dim=(2, 3), keepdim=True) for x in maps)
+    return reduce(torch.add, (x.mean(dim=(2, 3), keepdim=True) for x in maps))
 
 
 def _weighted(maps: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from .layers import PointwiseLinear, autocast_dtype
+from .layers import PointwiseLinear, autocast_dtype, joined
 from .lean import autocast_as_before, channels_last, eager, product_dtype, untouched
 
 # Positions (samples * rows * columns) that a CPU thread takes at a time: what one operation writes, the next finds in
@@ -67,7 +67,7 @@ def linear_chain(*inputs: Tensor, steps: Sequence[Step]) -> Tensor:
     flat = (*inputs, *weights, *(p for group in parameters for p in group))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
         return _LinearChain.apply(steps, parameters, len(inputs), *flat)
-    return _joined([_run(part, steps, weights)[-1] for part in _chunks(inputs)])
+    return joined([_run(part, steps, weights)[-1] for part in _chunks(inputs)])
 
 
 def _plain_chain(inputs: Sequence[Tensor], steps: Sequence[Step]) -> Tensor:
@@ -88,10 +88,6 @@ def _chunks(maps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         positions = len(first) * first.shape[-2] * first.shape[-1]
         count = min(len(first), math.ceil(positions / (CHUNK_POSITIONS * torch.get_num_threads())))
     return list(zip(*(x.tensor_split(max(count, 1)) for x in maps), strict=True))
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _like(x: Tensor, parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -129,7 +125,7 @@ class _LinearChain(torch.autograd.Function):
         ctx.device, ctx.autocast = inputs[0].device.type, autocast_dtype(inputs[0].device.type)
         ctx.steps, ctx.parameters, ctx.num_inputs = steps, parameters, num_inputs
         ctx.save_for_backward(*inputs, *weights, *(x for part in outputs for x in part[:-1]))
-        return _joined([part[-1] for part in outputs])
+        return joined([part[-1] for part in outputs])
 
     @staticmethod
     @once_differentiable

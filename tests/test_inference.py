@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import StripMLPNet
+from models import StripMLPNet, lean
 from tests.golden.load import arrays, golden_model, images
 
 ONNX_BATCHES = (1, 2, 5)
@@ -120,7 +120,41 @@ def test_onnx_with_any_batch(tmp_path: Path) -> None:
         np.testing.assert_allclose(scores, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_no_batchnorm_is_left_that_could_be_folded() -> None:
+def test_no_batchnorm_is_left() -> None:
     form = golden_model("nano32").to_inference()
-    norms = [module for module in form.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    assert len(norms) == 5  # one a block: a GELU stands between it and the next convolution
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in form.modules())
+
+
+def test_packed_weights_compute_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    form, inputs = golden_model("nano80").to_inference(), images("nano80", 3)
+    with torch.inference_mode():
+        packed = form(inputs)
+        monkeypatch.setattr(lean, "DEVICES", set())
+        plain = form(inputs)
+    assert (packed - plain).abs().max() <= 2e-6 * plain.abs().max()
+
+
+def test_packed_weights_follow_the_weights() -> None:
+    form, inputs = golden_model("nano32").to_inference(), images("nano32", 2)
+    with torch.inference_mode():
+        before = form(inputs)  # packs the weights
+    copied, state = copy.deepcopy(form), {key: value.clone() for key, value in form.state_dict().items()}
+    form.load_state_dict({key: value * 0.5 for key, value in state.items()})
+    with torch.inference_mode():
+        halved = form(inputs)
+        assert torch.equal(copied(inputs), before)
+        copied.load_state_dict({key: value * 0.5 for key, value in state.items()})
+        assert torch.equal(copied(inputs), halved) and not torch.allclose(halved, before)
+    form.load_state_dict(state)
+    with torch.inference_mode():
+        assert torch.equal(form(inputs), before)
+        doubled = form.double()(inputs.double())
+    torch.testing.assert_close(doubled.float(), before, rtol=1e-4, atol=1e-5)
+
+
+def test_it_refuses_gradients() -> None:
+    form, inputs = golden_model("nano32").to_inference(), images("nano32", 2).requires_grad_()
+    with pytest.raises(RuntimeError, match="gives no gradients"):
+        form(inputs)
+    with torch.no_grad():
+        assert torch.isfinite(form(inputs)).all()

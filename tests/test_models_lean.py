@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import StripMLPNet, lean, linear_chain
+from models import StripMLPNet, layers, lean, linear_chain
 from models.blocks import LSMM, StripMLPBlock
 from models.depthwise import DepthwiseConv2d
 from models.layers import GRN, PointwiseLinear
@@ -34,7 +34,7 @@ def randomised(module: nn.Module) -> nn.Module:
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a few samples of a tiny map make several groups, as those of a large map do."""
-    monkeypatch.setattr(lean, "CACHED_BYTES", 1)
+    monkeypatch.setattr(layers, "CACHED_BYTES", 1)
     monkeypatch.setattr(linear_chain, "CHUNK_POSITIONS", 32)
 
 
