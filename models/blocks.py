@@ -171,7 +171,7 @@ class StripMixingBlock(nn.Module):
         self.fuse = nn.Conv2d(dim, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = linear_chain(norm_gelu(self.norm1, x), steps=[Step(self.project, self.dwconv, [self.dwconv])])
+        x = self.project(self.dwconv(norm_gelu(self.norm1, x)))
         u, v = norm_gelu(self.norm2, x, halves=True)  # (B, C, H, W) -> 2 x (B, D, H, W)
         return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
 
@@ -194,9 +194,9 @@ class ChannelMixingBlock(nn.Module):
         self.fc2 = PointwiseLinear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        expand = Step(self.fc1, lambda x: self.norm(self.dwconv(x)), [self.dwconv, self.norm])
+        expand = Step(self.fc1, self.norm, [self.norm])
         reduce = Step(self.fc2, partial(gelu_grn, self.grn), [self.grn], shift=self.grn.beta.flatten())
-        return linear_chain(x, steps=[expand, reduce])  # (B, C, H, W) -> (B, K, H, W) -> (B, C, H, W)
+        return linear_chain(self.dwconv(x), steps=[expand, reduce])  # (B, C, H, W) -> (B, K, H, W) -> (B, C, H, W)
 
 
 class StripMLPBlock(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import CGSMM, LSMM, ChannelMixingBlock, StripMixingBlock, StripMLPBlock, StripMLPLayer, concatenated
+from .layers import gelu_
 from .lean import channels_last
 from .packed import PackedConv2d, PackedLinear
 
@@ -152,10 +153,10 @@ class _FoldedBlock(nn.Module):
         return self._with_channel_mixing(x)
 
     def _with_strip_mixing(self, residual: Tensor) -> Tensor:
-        x = _gelu(torch.addcmul(self.norm_shift, residual, self.norm_scale))
+        x = gelu_(torch.addcmul(self.norm_shift, residual, self.norm_scale))
         x = self.project(self.dwconv(x))
         u, v = x.unflatten(1, (2, self.row_mix.num_patches, -1)).unbind(1)  # (B, C, H, W) -> 2 x (B, P, G, H, W)
-        q = _gelu(self.row_fuse(concatenated(self.row_mix(u.flatten(1, 2)), u)).add_(self.row_map))
+        q = gelu_(self.row_fuse(concatenated(self.row_mix(u.flatten(1, 2)), u)).add_(self.row_map))
         v = self.lsmm(channels_last(v.flatten(1, 2))).unflatten(1, v.shape[1:3])  # (B, P, G, H, W) -> same
         return self.fuse(concatenated(u, self.column_mix(q), v)).add_(self.fuse_map).add_(residual)
 
@@ -182,11 +183,6 @@ class _FoldedLSMM(nn.Module):
         z = self.reweight2(self.reweight1(pooled[:, :, None, None]))
         weights = z.unflatten(1, (-1, 3)).softmax(dim=2).to(v.dtype)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
         return tall.mul_(weights[:, :, 0]).addcmul_(wide, weights[:, :, 1]).addcmul_(v, weights[:, :, 2])
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """GELU in place: the maps here are never used again."""
-    return torch.ops.aten.gelu_(x)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

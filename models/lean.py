@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from .layers import GRN, autocast_dtype, cache_groups, norm_over_space
+from .layers import GRN, autocast_dtype, cache_groups, gelu, gelu_, norm_over_space
 
 aten = torch.ops.aten
 
@@ -75,6 +75,12 @@ def autocast_as_before(ctx: FunctionCtx) -> AbstractContextManager[None]:
     return torch.autocast(ctx.device, ctx.autocast, enabled=ctx.autocast is not None, cache_enabled=False)
 
 
+def _gelu_backward(grad: Tensor, x: Tensor, *, out: Tensor) -> None:
+    """Write ``grad * GELU'(x)`` into `out`, which may be `x`; all three as the contiguous tensors they are."""
+    grad, x, out = (t.permute(0, 2, 3, 1) for t in (grad.to(x.dtype), x, out))  # (B, C, H, W) -> (B, H, W, C)
+    aten.gelu_backward.grad_input(grad, x, grad_input=out)
+
+
 class _NormGelu(torch.autograd.Function):
     """y = GELU(n(x)) with n the BatchNorm of the batch; keeps x and the statistics, and rebuilds n(x) from them.
 
@@ -89,17 +95,16 @@ class _NormGelu(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, invstd)
         ctx.eps, ctx.halves = norm.eps, halves
         if halves:
-            return tuple(F.gelu(half) for half in normalised.chunk(2, dim=1))
-        return aten.gelu_(normalised)
+            return tuple(channels_last(half) for half in gelu_(normalised).chunk(2, dim=1))
+        return gelu_(normalised)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd = ctx.saved_tensors
         variance = invstd.pow(-2) - ctx.eps
-        grad = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, ctx.eps)[0]
-        for part, grad_part in zip(grad.chunk(len(grads), dim=1), grads, strict=True):
-            part.copy_(aten.gelu_backward(channels_last(grad_part), part))
+        grad = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, ctx.eps)[0]  # n(x), soon dL/dn
+        _gelu_backward(channels_last(grads[0] if len(grads) == 1 else torch.cat(grads, dim=1)), grad, out=grad)
         dx, dweight, dbias = aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, invstd, True, ctx.eps, [True, True, True]
         )
@@ -114,7 +119,7 @@ def norm_gelu(norm: nn.Module, x: Tensor, *, halves: bool = False) -> Any:
     lean = eager(x) and torch.is_grad_enabled() and x.requires_grad
     if not (lean and norm.training and untouched(norm, nn.BatchNorm2d) and norm.momentum is not None):
         x = norm(x)
-        return tuple(F.gelu(half) for half in x.chunk(2, dim=1)) if halves else F.gelu(x)
+        return tuple(F.gelu(half) for half in x.chunk(2, dim=1)) if halves else gelu(x)
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     return _NormGelu.apply(x, norm, halves, norm.weight, norm.bias)
@@ -132,7 +137,7 @@ class _GeluGRN(torch.autograd.Function):
     def forward(ctx: FunctionCtx, h: Tensor, gamma: Tensor, eps: float) -> Tensor:
         z, activated, norms = torch.empty_like(h), [], []
         for h_i, z_i in zip(cache_groups(h), cache_groups(z), strict=True):
-            activated.append(F.gelu(h_i))
+            activated.append(gelu(h_i))
             norms.append(norm_over_space(activated[-1]))
             torch.mul(activated[-1], _grn_scale(norms[-1], gamma, eps).to(h.dtype), out=z_i)
         ctx.save_for_backward(h, gamma, torch.cat(norms), *activated)
@@ -155,7 +160,7 @@ class _GeluGRN(torch.autograd.Function):
             dnorm = (q - (q * response_i).mean(dim=1, keepdim=True)) / mean_i
             torch.mul(dz_i, scale_i, out=buffer)
             buffer.addcmul_(a, torch.where(norm_i > 0, dnorm / norm_i, 0.0).to(a.dtype))
-            aten.gelu_backward.grad_input(buffer, h_i, grad_input=dh_i)
+            _gelu_backward(buffer, h_i, out=dh_i)
         return dh, (sums * response).sum(dim=0).view_as(gamma), None
 
 
@@ -169,7 +174,7 @@ def gelu_grn(grn: GRN, h: Tensor) -> Tensor:
     Shape: (B, K, H, W) -> same.
     """
     if not eager(h):
-        a = F.gelu(h)
+        a = gelu(h)
         return a * grn.scale(a)
     return _GeluGRN.apply(h, grn.gamma, grn.eps)
 

@@ -1,7 +1,7 @@
 """Chains of cheap functions and linear layers over the channels that keep little for the backward pass.
 
 Most of the network is such a chain: a linear layer (1x1 convolution), whose matrix product is dear, after something
-cheap, such as a depthwise convolution or a GELU. Autograd keeps what the cheap function gives and usually its parts
+cheap, such as a normalisation or a GELU. Autograd keeps what the cheap function gives and usually its parts
 too; a `linear_chain` keeps what goes into it. See `models.lean` for where this applies.
 
 Legend: B batch, H rows, W columns.
@@ -159,10 +159,10 @@ def _back(
     with torch.enable_grad(), autocast_as_before(ctx):
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
         z = step.prepare(*leaves)
-    mask = [z.requires_grad, True, bias is not None]
-    dz, dweight, dbias = torch.ops.aten.convolution_backward(
-        d, z.detach(), weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask
+    dz, dweight, _ = torch.ops.aten.convolution_backward(
+        d, z.detach(), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [z.requires_grad, True, False]
     )
+    dbias = None if bias is None else d.sum(dim=(0, 2, 3))  # sooner than by the convolution
     targets = [*leaves, *parameters]
     wanted = [t for t in targets if t.requires_grad]
     found = iter(torch.autograd.grad(z, wanted, dz, allow_unused=True) if wanted else ())

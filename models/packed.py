@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import autocast_dtype
+from .layers import autocast_dtype, gelu_
 from .lean import channels_last, eager
 
 
@@ -93,7 +93,7 @@ class PackedLinear(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] == (1, 1) or not self.packable(x):  # a single position is too little for oneDNN to win
             x = F.conv2d(x, self.weight[:, :, None, None], self.bias)
-            return torch.ops.aten.gelu_(x) if self.gelu else x
+            return gelu_(x) if self.gelu else x
         behind = "gelu" if self.gelu else "none"
         x = x.permute(0, 2, 3, 1).contiguous()  # (B, in, H, W) -> (B, H, W, in)
         x = torch.ops.mkldnn._linear_pointwise(x, self.packed(x), self.bias, behind, [None], "none")
