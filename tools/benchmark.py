@@ -24,16 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a fil
 
 import torch
 
-from tools.bench_candidates import PRECISIONS, Candidate, Setting
-from tools.bench_gpu import BASELINES, VARIANTS, gpu_tables
-from tools.bench_gpu import PRECISIONS as GPU_PRECISIONS
-from tools.bench_loader import CONFIG, loader_table, pipeline_configs, stage_table
-from tools.bench_loop import end_to_end_table, startup_table
-from tools.bench_models import model_table
-from tools.bench_plots import plot_accuracy, plot_shares
-from tools.bench_profile import group_table, part_table
-from tools.bench_report import ROOT, Table, environment, print_environment, write_json
-from tools.bench_timing import Stopwatch
+from tools.bench.candidates import PRECISIONS, Candidate, Setting
+from tools.bench.gpu import BASELINES, VARIANTS, gpu_tables
+from tools.bench.gpu import PRECISIONS as GPU_PRECISIONS
+from tools.bench.loader import CONFIG, loader_table, pipeline_configs, stage_table
+from tools.bench.loop import end_to_end_table, startup_table
+from tools.bench.models import model_table
+from tools.bench.plots import plot_accuracy, plot_shares
+from tools.bench.profile import group_table, part_table
+from tools.bench.report import ROOT, Table, environment, print_environment, write_json
+from tools.bench.timing import Stopwatch
 
 
 class Report:

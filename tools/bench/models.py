@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from tools.bench_candidates import Candidate, Setting, Workload, build_workload
-from tools.bench_floor import floor_seconds, measure_roof, work_of
-from tools.bench_report import Table
-from tools.bench_timing import Spread, Stopwatch, gpu_peak, measure_paired, paired_ratio, resident_growth
+from tools.bench.candidates import Candidate, Setting, Workload, build_workload
+from tools.bench.floor import floor_seconds, measure_roof, work_of
+from tools.bench.report import Table
+from tools.bench.timing import Spread, Stopwatch, gpu_peak, measure_paired, paired_ratio, resident_growth
 
 MIB = 2**20
 
@@ -104,4 +104,4 @@ def _title(setting: Setting, stopwatch: Stopwatch, rounds: int) -> str:
 
 def _roof_note(precision: str, roof: Any) -> str:
     return (f"{precision}: matrix product {roof.flops / 1e9:,.0f} GFLOP/s, copy {roof.bytes / 1e9:,.0f} GB/s, measured "
-            "here; the floor is the longer of arithmetic and memory traffic (tools/bench_floor.py)")
+            "here; the floor is the longer of arithmetic and memory traffic (tools/bench/floor.py)")

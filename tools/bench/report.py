@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 _ALLOCATOR_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "TCMALLOC_", "LD_PRELOAD", "PYTORCH_ALLOC_CONF")
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tools.bench_candidates import Candidate, Setting, build_network
-from tools.bench_models import model_table
-from tools.bench_profile import group_table
-from tools.bench_report import Table
-from tools.bench_timing import Stopwatch
+from tools.bench.candidates import Candidate, Setting, build_network
+from tools.bench.models import model_table
+from tools.bench.profile import group_table
+from tools.bench.report import Table
+from tools.bench.timing import Stopwatch
 
 VARIANTS = ("strip_mlp_tiny", "strip_mlp_tiny_light", "strip_mlp_small", "strip_mlp_base")
 BASELINES = ("resnet50", "swin_tiny_patch4_window7_224")

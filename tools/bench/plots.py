@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tools.bench_report import Table
+from tools.bench.report import Table
 
 # ImageNet-1K top-1 in percent at 224 x 224, as published; not measured here. Strip-MLP: Cao et al., ICCV 2023 (as in
 # the README). Swin: Liu et al., ICCV 2021. ResNet: trained by Wightman et al., 2021 (A1, arXiv 2110.00476).
@@ -19,7 +19,7 @@ PUBLISHED = {
 }
 
 def plot_shares(table: Table, path: Path) -> None:
-    """Draw a table of ``tools.bench_profile`` as one bar for each candidate."""
+    """Draw a table of ``tools.bench.profile`` as one bar for each candidate."""
     from matplotlib import colormaps
 
     labels = [key for _, key in table.columns if f"{key} seconds" in table.rows[0]]

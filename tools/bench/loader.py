@@ -13,8 +13,8 @@ from yacs.config import CfgNode
 from data import build_batch_transform, build_dataset, build_train_loader, build_val_loader
 from data.collate import collate
 from data.seeding import seeded_streams
-from tools.bench_report import Table
-from tools.bench_timing import Spread, paired_ratio
+from tools.bench.report import Table
+from tools.bench.timing import Spread, paired_ratio
 from utils.config import load_config
 from utils.data_wait import worker_times
 

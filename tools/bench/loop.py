@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 import main
 from models import build_model
-from tools.bench_report import ROOT, Table
-from tools.bench_timing import Spread, paired_ratio
+from tools.bench.report import ROOT, Table
+from tools.bench.timing import Spread, paired_ratio
 from utils.config import load_config
 from utils.optimizer import build_optimizer
 from utils.runtime import start_run

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools.bench_candidates import build_network
+from tools.bench.candidates import build_network
 
 _PRODUCTS = {
     torch.ops.aten.convolution.default,

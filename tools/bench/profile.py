@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import StripMLPNet
-from tools.bench_candidates import Candidate, Setting, build_network, build_workload
-from tools.bench_report import Table
+from tools.bench.candidates import Candidate, Setting, build_network, build_workload
+from tools.bench.report import Table
 
 # Operation names that contain a word belong to its group; the first match counts.
 _GROUPS = {

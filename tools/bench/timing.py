@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tools.bench_candidates import Candidate, Setting, build_workload
+from tools.bench.candidates import Candidate, Setting, build_workload
 
 _MAX_REPEATS = 1000
 
