@@ -14,7 +14,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from data import build_batch_transform, build_dataset
 from data.collate import collate
 from models import build_model
-from utils.checkpoint import read_training_state, set_random_state
+from utils.checkpoint import read_training_state, set_random_state, torch_random_state
 from utils.checkpoint_io import CheckpointError
 from utils.config import load_config
 from utils.guard import poison_nonfinite
@@ -106,8 +105,10 @@ class Replay:
         convert_conv2d_weight_memory_format(self.model, torch.channels_last)  # as in training: the order of sums
         self.precision = build_precision(self.config, self.device)
         self.scaler = self.precision.scaler
-        if self.scaler.is_enabled():  # the skipped update has lowered the scale
-            scale = self.payload["scaler"]["scale"] / self.scaler.get_backoff_factor()
+        if self.scaler.is_enabled():
+            scale = self.payload["scaler"]["scale"]
+            if not math.isfinite(self.records[0]["grad_norm"]):  # the update was skipped, which has lowered the scale
+                scale /= self.scaler.get_backoff_factor()
             self.scaler.load_state_dict({**self.payload["scaler"], "scale": scale})
 
     def run(self) -> tuple[list[Share], float]:
@@ -141,18 +142,26 @@ class Replay:
             images, targets = transform(images, targets, indices, epoch=record["epoch"], update=update)
             if not torch.isfinite(images).all():
                 share.suspect = share.suspect or f"the images themselves are not finite: {describe(images)}"
-            with ExitStack() as stack:
-                watch = stack.enter_context(FirstNonFinite(self.model))
-                stack.enter_context(self.precision.autocast())
+            before = torch_random_state()
+            with self.precision.autocast():
                 logits = self.model(images)
                 loss = criterion(logits, targets) / len(record["indices"])
             self.scaler.scale(poison_nonfinite(loss)).backward()
+            if not torch.isfinite(logits).all():
+                share.suspect = share.suspect or self._first_nonfinite(images, before)
             total += loss.detach()
             each = F.cross_entropy(logits.detach().float(), targets, reduction="none", label_smoothing=smoothing)
             share.samples += zip(micro.tolist(), record["names"][number], each.tolist(), strict=True)
-            share.suspect = share.suspect or watch.found
         share.loss = float(total)
         return share
+
+    @torch.no_grad()
+    def _first_nonfinite(self, images: Tensor, random_state: dict[str, Any]) -> str:
+        """Say where a forward pass goes wrong; a second one, because hooks change the order of sums."""
+        set_random_state(random_state)
+        with FirstNonFinite(self.model) as watch, self.precision.autocast():
+            self.model(images)
+        return watch.found
 
 
 def describe(tensor: Tensor) -> str:

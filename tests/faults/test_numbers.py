@@ -100,7 +100,7 @@ def test_diverged_for_good(starter, tmp_path, world):
 ), ids=("1 process", "fp16, accumulation, no mixup", "2 processes, accumulation", "3 processes, float32, dropout"))
 def test_replay_repeats_the_update(starter, tmp_path, world, opts):
     """The dump of a healthy update: replay gets each process's loss and the gradient norm to the last bit."""
-    faults = [("dump_update", {"step": 2})]
+    faults = [("dump_update", {"step": 2})]  # by then float16 has found a scale at which nothing overflows
     job = starter.run(*opts, *ONE_EPOCH, out=tmp_path, world=world, faults=faults).assert_ok()
     result = replay(job.folder / "nonfinite_step_000000002.pth", "--samples", "2")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -109,8 +109,7 @@ def test_replay_repeats_the_update(starter, tmp_path, world, opts):
     assert all(line.endswith(": identical") for line in losses), result.stdout
     norm = next(line for line in result.stdout.splitlines() if line.startswith("gradient norm: "))
     assert norm.endswith("identical" if world < 3 else ("identical", "equal up to rounding")), result.stdout
-    # the first updates of float16 overflow until its scale has settled
-    assert ("with a non-finite gradient" in result.stdout) == ("TRAIN.AMP=fp16" in opts)
+    assert "non-finite" not in result.stdout
 
 
 @SLOW
