@@ -18,10 +18,15 @@ from torch.utils.checkpoint import checkpoint
 # Size of a map, per CPU thread, of which a few stay in the cache while operation after operation goes over them.
 CACHED_BYTES = 1536 * 1024
 
+# Types of device that have autocast at all; found out here, because not every torch.compile traces the question.
+AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(name)
+)
+
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The type in which autocast computes products on the device, None where it is off."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    on = device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if on else None
 
 

@@ -127,7 +127,7 @@ def _load_all(source, results):
 
 def test_processes_read_the_archive_at_the_same_time(archive):
     source = ZipSource(archive, "train", cache_mode="no", as_array=True)
-    expected = [int(source.load(index).sum()) for index in range(15)]  # opens the file before the fork
+    expected = [int(np.asarray(source.load(index)).sum()) for index in range(15)]  # opens the file before the fork
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     children = [context.Process(target=_load_all, args=(source, results)) for _ in range(4)]
