@@ -57,7 +57,7 @@ def plot_accuracy(table: Table, path: Path) -> bool:
         form = "" if row["form"] == "eager" else f" ({row['form']})"
         axes.annotate(PUBLISHED[name][0] + form, (row["images_per_second"], PUBLISHED[name][1]),
                       textcoords="offset points", xytext=(6, 6), fontsize=8)
-    axes.margins(0.18)
+    axes.margins(0.3, 0.18)  # room for the names
     axes.set_xlabel(f"measured images/s: {table.title}", fontsize=8)
     axes.set_ylabel("ImageNet-1K top-1 (%)\nas the papers report it, not measured here", fontsize=8)
     axes.grid(alpha=0.3)
