@@ -72,13 +72,15 @@ def test_mixup_is_timms(mode):
 
 
 def test_mixing_depends_on_seed_rank_and_update():
-    def ratio(update=0, rank=0, epoch=0, first=0, **keys):
-        images, targets, indices = batch(first=first)
-        return transform(rank=rank, **keys)(images, targets, indices, epoch=epoch, update=update)[1][0, 0].item()
+    def mixed(update=0, rank=0, epoch=0, indices=range(8), **keys):
+        images, targets, _ = batch()
+        indices = torch.tensor(indices)
+        images, targets = transform(rank=rank, **keys)(images, targets, indices, epoch=epoch, update=update)
+        return images.sum().item(), targets[0, 0].item()
 
-    base = ratio()
-    assert base == ratio()
-    others = [ratio(update=1), ratio(rank=1), ratio(epoch=1), ratio(SEED=1), ratio(first=8)]
+    base = mixed()
+    assert base == mixed()
+    others = [mixed(update=1), mixed(rank=1), mixed(epoch=1), mixed(SEED=1), mixed(indices=range(8, 16))]
     assert len({base, *others}) == 6
 
 
