@@ -93,7 +93,7 @@ class _NormGelu(torch.autograd.Function):
             x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
         )
         ctx.save_for_backward(x, weight, bias, mean, invstd)
-        ctx.eps, ctx.halves = norm.eps, halves
+        ctx.eps = norm.eps
         if halves:
             return tuple(channels_last(half) for half in gelu_(normalised).chunk(2, dim=1))
         return gelu_(normalised)

@@ -1,10 +1,10 @@
 """Convolutions with constant weights, which oneDNN keeps in its own order on the CPU.
 
 An ordinary convolution copies its weight into the order of oneDNN's kernels in every call; constant weights are copied
-once. A GELU behind it is applied while a result is still in registers. This needs
-PyTorch's operators ``mkldnn._linear_pointwise``, ``mkldnn._convolution_pointwise`` and those that reorder weights for
-them, which torch.compile uses too; where oneDNN is missing, or anything but float32 on the CPU comes in, the plain
-operations run instead.
+once. A GELU behind it is applied while a result is still in registers. This needs PyTorch's operators
+``mkldnn._linear_pointwise``, ``mkldnn._convolution_pointwise`` and those that reorder weights for them, which
+torch.compile uses too; where oneDNN is missing, or anything but float32 on the CPU comes in, the plain operations run
+instead.
 """
 
 from typing import Any
@@ -18,12 +18,11 @@ from .lean import channels_last, eager
 
 
 class _Packed(nn.Module):
-    """Weight and bias as buffers, and the weight in oneDNN's order beside them."""
+    """A weight as a buffer, and the same in oneDNN's order beside it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight.detach())
-        self.register_buffer("bias", None if bias is None else bias.detach())
         self._packed: tuple[Tensor, int, Tensor] | None = None  # weight, its version, and the same in oneDNN's order
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,7 +61,7 @@ class PackedConv2d(_Packed):
     """
 
     def __init__(self, weight: Tensor, *, padding: tuple[int, int], groups: int) -> None:
-        super().__init__(weight, None)
+        super().__init__(weight)
         self.padding, self.groups = padding, groups
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +86,8 @@ class PackedLinear(_Packed):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> None:
-        super().__init__(weight, bias)
+        super().__init__(weight)
+        self.register_buffer("bias", None if bias is None else bias.detach())
         self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:

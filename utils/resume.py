@@ -48,13 +48,18 @@ def checkpoint_facts(config, classes: Sequence[str], num_samples: int) -> dict[s
         "config": dump_config(config),
         "classes": list(classes),
         "num_samples": num_samples,
-        "preprocessing": {
-            "img_size": config.DATA.IMG_SIZE,
-            "interpolation": config.DATA.INTERPOLATION,
-            "crop": config.TEST.CROP,
-            "mean": list(IMAGENET_DEFAULT_MEAN),
-            "std": list(IMAGENET_DEFAULT_STD),
-        },
+        "preprocessing": _preprocessing(config),
+    }
+
+
+def _preprocessing(config) -> dict[str, Any]:
+    """What evaluation does to an image."""
+    return {
+        "img_size": config.DATA.IMG_SIZE,
+        "interpolation": config.DATA.INTERPOLATION,
+        "crop": config.TEST.CROP,
+        "mean": list(IMAGENET_DEFAULT_MEAN),
+        "std": list(IMAGENET_DEFAULT_STD),
     }
 
 
@@ -125,7 +130,7 @@ def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | 
 def warn_preprocessing(config, payload: dict[str, Any], path: Path | str) -> None:
     """Log where a checkpoint's evaluation preprocessing differs from the config's."""
     theirs = payload.get("preprocessing") or {}
-    ours = checkpoint_facts(config, (), 0)["preprocessing"]
+    ours = _preprocessing(config)
     for key in sorted(set(theirs) & set(ours)):
         if theirs[key] != ours[key]:
             logger.warning("preprocessing %s: %s was trained with %s, this evaluation uses %s", key, path, theirs[key],
