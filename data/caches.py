@@ -143,7 +143,9 @@ class FinishedSource:
 
 def _cache_key(dataset: Dataset) -> str:
     transform: EvalResize = dataset.transform
-    library = f"torch {torch.__version__}" if transform.resize is torch_resize else f"Pillow {PIL.__version__}"
+    library = f"Pillow {PIL.__version__}"
+    if transform.resize is torch_resize:
+        library = f"torch {torch.__version__} in the order of {library}"
     facts = {
         "format": 1,
         "images": dataset.source.fingerprint(),

@@ -8,6 +8,7 @@ cuts the crop out of the decoded array before anything is copied, and draws the 
 from collections.abc import Callable
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
@@ -26,6 +27,7 @@ SMALL = 32  # pixels; up to this size images are padded and cropped instead of z
 _CROP_PADDING = 4  # pixels
 _CROP_RATIO = 256 / 224  # shorter side before the centre crop, relative to the crop
 _TORCH_RESIZES = ("bicubic", "bilinear")
+_PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
 
 
 def build_transform(config: CfgNode, *, is_train: bool) -> Transform:
@@ -134,17 +136,31 @@ def pil_resize(picture: Picture, size: tuple[int, int], interpolation: str) -> I
 
 
 def torch_resize(picture: Picture, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """Resize with torch's antialiased uint8 kernel: about three times as fast, nearly the same pixels.
+    """Resize with torch's antialiased uint8 kernel: several times as fast as Pillow, nearly the same pixels.
 
-    On 200 ImageNet photographs, against Pillow 13: evaluation images differ by 0.003/255 on average and 2/255 at most
-    (0.3 % of the values), training crops by 0.03/255 and 19/255 (2.7 %), because Pillow 13 shrinks the rows before the
-    columns where that is cheaper. torch keeps the order of older Pillow versions.
+    The passes over rows and columns come in Pillow's order. What is left is rounding: on 200 ImageNet photographs,
+    0.3 % of the values differ from Pillow's, by 2/255 at most, by 0.003/255 on average.
     """
     pixels = np.asarray(picture)
     pixels = pixels if pixels.flags.writeable else pixels.copy()  # torch takes no read-only memory
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W), channels last
-    resized = nn.functional.interpolate(image, size=size, mode=interpolation, antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()  # (H, W, 3)
+    # (H, W, 3) -> (1, 3, H, W); the batch's stride is right too, or torch would not answer in channels_last order
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    if _rows_first(pixels.shape[:2], size):
+        image = _interpolate(image, (size[0], image.shape[3]), interpolation)
+    return _interpolate(image, size, interpolation)[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
+
+
+def _interpolate(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    return nn.functional.interpolate(image, size=size, mode=interpolation, antialias=True)
+
+
+def _rows_first(size: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Whether Pillow brings the height to its target before the width, both sizes being (height, width).
+
+    Pillow 13 does where the height loses more than twice what the width does; earlier versions and torch never do.
+    """
+    lost_rows, lost_columns = size[0] - target[0], size[1] - target[1]
+    return _PILLOW_13 and lost_rows > max(0, 2 * lost_columns)
 
 
 class ResizedCrop:

@@ -9,7 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from data.image_io import ImageReadError
 from data.seeding import seeded_streams
-from data.transforms import EvalResize, build_transform, pil_resize, posterize
+from data.transforms import EvalResize, build_transform, pil_resize, posterize, torch_resize
 from tests.images import SIZES, make_config, picture
 
 
@@ -141,8 +141,26 @@ def test_fast_resize_stays_within_rounding(is_train):
             expected = exact(pixels).astype(int)
         with seeded_streams(seed):
             difference = np.abs(fast(pixels).astype(int) - expected)
-        assert difference.max() <= 16
-        assert difference.mean() < 0.5
+        assert difference.max() <= 2
+        assert difference.mean() < 0.02
+
+
+@pytest.mark.parametrize("interpolation", ("bicubic", "bilinear"))
+def test_torch_resize_takes_rows_and_columns_in_the_order_of_pillow(interpolation):
+    """The other order gives values that differ by 20 and more."""
+    draw = np.random.default_rng(0)
+    for _ in range(40):
+        height, width, *target = (int(side) for side in draw.integers(20, 300, 4))
+        noise = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        expected = np.asarray(pil_resize(noise, tuple(target), interpolation)).astype(int)
+        assert np.abs(torch_resize(noise, tuple(target), interpolation) - expected).max() <= 2
+
+
+def test_torch_resize_returns_pixels_in_one_piece():
+    """Planes of colours would have to be interleaved again, which takes longer than to resize."""
+    pixels = np.asarray(picture(0, (300, 200)))
+    for box in (pixels, pixels[10:190, 20:250], pixels[:, :90]):
+        assert torch_resize(box, (64, 64), "bicubic").flags.c_contiguous
 
 
 @pytest.mark.parametrize("keys", ({"DATA__PIPELINE": "reference"}, {"DATA__INTERPOLATION": "lanczos"}))
