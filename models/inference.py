@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import CGSMM, LSMM, ChannelMixingBlock, StripMixingBlock, StripMLPBlock, StripMLPLayer, concatenated
-from .layers import gelu_
+from .layers import autocast_off, gelu_
 from .lean import channels_last
 from .packed import PackedConv2d, PackedLinear
 
@@ -153,7 +153,7 @@ class _FoldedBlock(nn.Module):
         return self._with_channel_mixing(x)
 
     def _with_strip_mixing(self, residual: Tensor) -> Tensor:
-        x = gelu_(torch.addcmul(self.norm_shift, residual, self.norm_scale))
+        x = gelu_(torch.addcmul(self.norm_shift.to(residual.dtype), residual, self.norm_scale.to(residual.dtype)))
         x = self.project(self.dwconv(x))
         u, v = x.unflatten(1, (2, self.row_mix.num_patches, -1)).unbind(1)  # (B, C, H, W) -> 2 x (B, P, G, H, W)
         q = gelu_(self.row_fuse(concatenated(self.row_mix(u.flatten(1, 2)), u)).add_(self.row_map))
@@ -162,8 +162,9 @@ class _FoldedBlock(nn.Module):
 
     def _with_channel_mixing(self, residual: Tensor) -> Tensor:
         x = self.dwconv7(residual).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
-        x = F.layer_norm(x, x.shape[3:], None, None, self.eps).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
-        x = self.fc1(x)
+        with autocast_off(x.device.type):  # which would make a float32 map of it
+            x = F.layer_norm(x, x.shape[3:], None, None, self.eps)
+        x = self.fc1(x.permute(0, 3, 1, 2))  # (B, H, W, C) -> (B, C, H, W)
         return self.fc2(x.mul_(self.grn.scale(x))).add_(residual)
 
 

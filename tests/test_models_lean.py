@@ -233,10 +233,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("plain", (False, True))
-def test_autocast_makes_no_float32_maps(dtype: torch.dtype, plain: bool) -> None:
+@pytest.mark.parametrize("form", ("lean", "plain", "inference"))
+def test_autocast_makes_no_float32_maps(dtype: torch.dtype, form: str) -> None:
     """Every map is in half precision; only norms over space, one value a channel, may be float32."""
     model, x = golden_model("nano32", drop_path_rate=0.2), images("nano32", 4)
+    model = model.to_inference() if form == "inference" else model
     seen: list[tuple[str, torch.dtype]] = []
 
     class Watch(TorchDispatchMode):
@@ -247,7 +248,7 @@ def test_autocast_makes_no_float32_maps(dtype: torch.dtype, plain: bool) -> None
                     seen.append((str(func), t.dtype))
             return out
 
-    with Watch(), lean.plain_autograd() if plain else nullcontext(), torch.autocast("cpu", dtype):
+    with Watch(), lean.plain_autograd() if form == "plain" else nullcontext(), torch.autocast("cpu", dtype):
         model(x)
     wrong = [name for name, found in seen[1:] if found != dtype and "_to_copy" not in name]
     assert not wrong
