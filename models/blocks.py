@@ -115,9 +115,9 @@ class CGSMM(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         patches = u.unflatten(1, (self.row_mix.num_patches, -1))  # (B, D, H, W) -> (B, P, G, H, W)
         rows = self.row_mix(u + self.row_position().to(u.dtype))
-        q = norm_gelu(self.norm, linear_chain(rows, patches, steps=[Step(self.row_fuse, concatenated)]))
+        q = norm_gelu(self.norm, self.row_fuse(concatenated(rows, patches)))
         columns = self.column_mix(q + self.column_position().to(q.dtype))
-        return linear_chain(patches, columns, steps=[Step(self.column_fuse, concatenated)])
+        return self.column_fuse(concatenated(patches, columns))
 
 
 class LSMM(nn.Module):

@@ -12,10 +12,12 @@ from .lean import aten, channels_last, eager, product_dtype
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """Depthwise convolution on the CPU. Its weight gradient is taken three columns of the kernel at a time.
+    """Depthwise convolution on the CPU. Its weight gradient is taken for the middle of the kernel and its two sides.
 
-    oneDNN is several times faster for kernels at most 3 wide. Column j of the gradient sees the input moved by
-    j - width // 2, so columns lo .. hi - 1 are the gradient of a narrow kernel over the padded input from column lo on.
+    oneDNN is several times faster for kernels at most 3 wide. Column j of the gradient pairs dL/dy with the input moved
+    by j - width // 2: for the three middle columns that is a 3 wide kernel's own padding, for the columns lo .. hi - 1
+    of a side a narrow kernel over the input with width // 2 - lo zeros to its left and hi - 1 - width // 2 to its right,
+    a negative number of zeros being columns cut off.
     """
 
     @staticmethod
@@ -28,7 +30,7 @@ class _DepthwiseConv(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, width = weight.shape[2] // 2, weight.shape[3]
-        columns = width // 2
+        middle = width // 2
         grad, dweight = channels_last(grad), torch.empty_like(weight)
 
         def gradients(x: Tensor, kernel: Tensor, padding: list[int], mask: list[bool]) -> tuple[Tensor, ...]:
@@ -36,12 +38,13 @@ class _DepthwiseConv(torch.autograd.Function):
                 grad, x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], len(kernel), mask
             )
 
-        padded = F.pad(x, (columns, columns))
-        for lo in range(0, width, 3):
-            hi = min(lo + 3, width)
-            moved = channels_last(padded[..., lo : x.shape[3] + hi - 1])
-            dweight[..., lo:hi] = gradients(moved, weight[..., lo:hi], [rows, 0], [False, True, False])[1]
-        return gradients(x, weight, [rows, columns], [True, False, False])[0], dweight
+        def columns(lo: int, hi: int, x: Tensor, padding: int) -> None:
+            dweight[..., lo:hi] = gradients(x, weight[..., lo:hi], [rows, padding], [False, True, False])[1]
+
+        columns(middle - 1, middle + 2, x, 1)
+        for lo, hi in ((0, middle - 1), (middle + 2, width)):
+            columns(lo, hi, F.pad(x, (middle - lo, hi - 1 - middle)), 0)
+        return gradients(x, weight, [rows, middle], [True, False, False])[0], dweight
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -58,7 +61,7 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = self.kernel_size[1] > 3 and x.device.type == "cpu"
+        wide = self.kernel_size[1] > 3 and x.shape[3] > 1 and x.device.type == "cpu"
         if wide and eager(x) and torch.is_grad_enabled() and self.weight.requires_grad:
             dtype = product_dtype(x)
             return _DepthwiseConv.apply(x.to(dtype), self.weight.to(dtype))

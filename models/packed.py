@@ -91,7 +91,10 @@ class PackedLinear(_Packed):
         self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2:] == (1, 1) or not self.packable(x):  # a single position is too little for oneDNN to win
+        if x.shape[2:] == (1, 1):  # too little for oneDNN to win
+            x = F.linear(x.flatten(1), self.weight, self.bias)[:, :, None, None]  # (B, in, 1, 1) -> (B, out, 1, 1)
+            return gelu_(x) if self.gelu else x
+        if not self.packable(x):
             x = F.conv2d(x, self.weight[:, :, None, None], self.bias)
             return gelu_(x) if self.gelu else x
         behind = "gelu" if self.gelu else "none"
