@@ -196,7 +196,7 @@ class ChannelMixingBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         expand = Step(self.fc1, self.norm, [self.norm])
         reduce = Step(self.fc2, partial(gelu_grn, self.grn), [self.grn], shift=self.grn.beta.flatten())
-        return linear_chain(self.dwconv(x), steps=[expand, reduce])  # (B, C, H, W) -> (B, K, H, W) -> (B, C, H, W)
+        return linear_chain(self.dwconv(x), [expand, reduce])  # (B, C, H, W) -> (B, K, H, W) -> (B, C, H, W)
 
 
 class StripMLPBlock(nn.Module):

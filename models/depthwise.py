@@ -15,9 +15,9 @@ class _DepthwiseConv(torch.autograd.Function):
     """Depthwise convolution on the CPU. Its weight gradient is taken for the middle of the kernel and its two sides.
 
     oneDNN is several times faster for kernels at most 3 wide. Column j of the gradient pairs dL/dy with the input moved
-    by j - width // 2: for the three middle columns that is a 3 wide kernel's own padding, for the columns lo .. hi - 1
-    of a side a narrow kernel over the input with width // 2 - lo zeros to its left and hi - 1 - width // 2 to its right,
-    a negative number of zeros being columns cut off.
+    by j - width // 2. For the three middle columns the padding of a 3 wide kernel does that. For the columns lo ..
+    hi - 1 of a side it is a narrow kernel over the input with width // 2 - lo zeros put to its left and
+    hi - 1 - width // 2 to its right, where a negative number cuts columns off.
     """
 
     @staticmethod

@@ -1,10 +1,10 @@
 """Chains of cheap functions and linear layers over the channels that keep little for the backward pass.
 
-Most of the network is such a chain: a linear layer (1x1 convolution), whose matrix product is dear, after something
-cheap, such as a normalisation or a GELU. Autograd keeps what the cheap function gives and usually its parts
-too; a `linear_chain` keeps what goes into it. See `models.lean` for where this applies.
+The channel mixing is such a chain: a linear layer (1x1 convolution), whose matrix product is dear, after something
+cheap, such as a normalisation or a GELU. Autograd keeps what the cheap function gives and usually its parts too; a
+`linear_chain` keeps what goes into it. See `models.lean` for where this applies.
 
-Legend: B batch, H rows, W columns.
+Legend: B batch, C channels, H rows, W columns.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from .layers import PointwiseLinear, autocast_dtype, joined
-from .lean import autocast_as_before, channels_last, eager, product_dtype, untouched
+from .lean import aten, autocast_as_before, channels_last, eager, product_dtype, untouched
 
 # Positions (samples * rows * columns) that a CPU thread takes at a time: what one operation writes, the next finds in
 # its cache.
@@ -36,7 +36,7 @@ class Step:
     """
 
     linear: nn.Conv2d | PointwiseLinear
-    prepare: Callable[..., Tensor]
+    prepare: Callable[[Tensor], Tensor]
     modules: Sequence[nn.Module] = ()
     shift: Tensor | None = None
 
@@ -55,57 +55,46 @@ class Step:
         return [p for module in self.modules for p in module.parameters() if p.requires_grad]
 
 
-def linear_chain(*inputs: Tensor, steps: Sequence[Step]) -> Tensor:
-    """Each step after the other, the first over `inputs`.
+def linear_chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Each step after the other, the first over `x`.
 
-    Shape: maps (B, ..., H, W) -> (B, outputs of the last linear layer, H, W).
+    Shape: (B, C, H, W) -> (B, outputs of the last linear layer, H, W).
     """
-    if not eager(inputs[0]) or not all(untouched(step.linear, nn.Conv2d, PointwiseLinear) for step in steps):
-        return _plain_chain(inputs, steps)
+    if not eager(x) or not all(untouched(step.linear, nn.Conv2d, PointwiseLinear) for step in steps):
+        return _plain_chain(x, steps)
     weights = [tensor for step in steps for tensor in step.folded()]
     parameters = [step.parameters() for step in steps]
-    flat = (*inputs, *weights, *(p for group in parameters for p in group))
+    flat = (x, *weights, *(p for group in parameters for p in group))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
-        return _LinearChain.apply(steps, parameters, len(inputs), *flat)
-    return joined([_run(part, steps, weights)[-1] for part in _chunks(inputs)])
+        return _LinearChain.apply(steps, parameters, *flat)
+    return joined([_run(part, steps, weights)[-1] for part in _chunks(x)])
 
 
-def _plain_chain(inputs: Sequence[Tensor], steps: Sequence[Step]) -> Tensor:
+def _plain_chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
     for step in steps:
-        x = step.prepare(*inputs)
+        x = step.prepare(x)
         if untouched(step.linear, nn.Conv2d, PointwiseLinear):
             x = F.conv2d(x, *step.folded())
         else:
             x = step.linear(x if step.shift is None else x + step.shift.view(1, -1, 1, 1))
-        inputs = (x,)
-    return inputs[0]
+    return x
 
 
-def _chunks(maps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     """Groups of samples that go through a chain together: on the CPU as many as its caches hold, else all."""
-    first, count = maps[0], 1
-    if first.device.type == "cpu":
-        positions = len(first) * first.shape[-2] * first.shape[-1]
-        count = min(len(first), math.ceil(positions / (CHUNK_POSITIONS * torch.get_num_threads())))
-    return list(zip(*(x.tensor_split(max(count, 1)) for x in maps), strict=True))
+    if x.device.type != "cpu":
+        return (x,)
+    positions = len(x) * x.shape[2] * x.shape[3]
+    count = min(len(x), math.ceil(positions / (CHUNK_POSITIONS * torch.get_num_threads())))
+    return x.tensor_split(max(count, 1))
 
 
-def _like(x: Tensor, parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The gradient of `x` from those of its groups of samples, in the memory order of `x`."""
-    if parts[0] is None or len(parts) == 1:
-        return parts[0]
-    whole = torch.empty_like(x)
-    for piece, part in zip(whole.tensor_split(len(parts)), parts, strict=True):
-        piece.copy_(part)
-    return whole
-
-
-def _run(inputs: Sequence[Tensor], steps: Sequence[Step], weights: Sequence[Tensor | None]) -> list[Tensor]:
+def _run(x: Tensor, steps: Sequence[Step], weights: Sequence[Tensor | None]) -> list[Tensor]:
     """What each step gives for one group of samples."""
-    outputs: list[Tensor] = []
+    outputs = []
     for step, weight, bias in zip(steps, weights[::2], weights[1::2], strict=True):
-        outputs.append(F.conv2d(step.prepare(*inputs), weight, bias))
-        inputs = outputs[-1:]
+        x = F.conv2d(step.prepare(x), weight, bias)
+        outputs.append(x)
     return outputs
 
 
@@ -118,56 +107,53 @@ class _LinearChain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, steps: Sequence[Step], parameters: list[list[nn.Parameter]], num_inputs: int, *flat: Tensor
+        ctx: FunctionCtx, steps: Sequence[Step], parameters: list[list[nn.Parameter]], x: Tensor, *flat: Tensor
     ) -> Tensor:
-        inputs, weights = flat[:num_inputs], flat[num_inputs : num_inputs + 2 * len(steps)]
-        outputs = [_run(part, steps, weights) for part in _chunks([x.detach() for x in inputs])]
-        ctx.device, ctx.autocast = inputs[0].device.type, autocast_dtype(inputs[0].device.type)
-        ctx.steps, ctx.parameters, ctx.num_inputs = steps, parameters, num_inputs
-        ctx.save_for_backward(*inputs, *weights, *(x for part in outputs for x in part[:-1]))
+        weights = flat[: 2 * len(steps)]
+        outputs = [_run(part, steps, weights) for part in _chunks(x.detach())]
+        ctx.device, ctx.autocast = x.device.type, autocast_dtype(x.device.type)
+        ctx.steps, ctx.parameters = steps, parameters
+        ctx.save_for_backward(x, *weights, *(output for part in outputs for output in part[:-1]))
         return joined([part[-1] for part in outputs])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        steps, count, saved = ctx.steps, ctx.num_inputs, ctx.saved_tensors
-        last = len(steps) - 1
-        weights, between = saved[count : count + 2 * len(steps)], saved[count + 2 * len(steps) :]
-        chunks = _chunks(saved[:count])
-        into_inputs: list[list[Tensor | None]] = []
+        x, *saved = ctx.saved_tensors
+        steps, last = ctx.steps, len(ctx.steps) - 1
+        weights, between = saved[: 2 * len(steps)], saved[2 * len(steps) :]
+        into_x: list[Tensor | None] = []
         into_steps: list[list[Tensor | None]] = [[] for _ in steps]
+        chunks = _chunks(x)
         for number, d in enumerate(channels_last(grad).tensor_split(len(chunks))):
             for i in range(last, -1, -1):
-                inputs = chunks[number] if i == 0 else (between[number * last + i - 1],)
-                into_x, into_step = _back(ctx, i, inputs, weights[2 * i : 2 * i + 2], d)
+                taken = chunks[number] if i == 0 else between[number * last + i - 1]
+                d, into_step = _back(ctx, i, taken, weights[2 * i : 2 * i + 2], d)
                 into_steps[i] = _added(into_steps[i], into_step, several=len(chunks) > 1)
-                d = into_x[0]
-            into_inputs.append(into_x)
-        inputs = [_like(x, parts) for x, parts in zip(saved, zip(*into_inputs, strict=True), strict=False)]
+            into_x.append(d)
+        dx = joined(into_x) if ctx.needs_input_grad[2] else None
         pairs = [tensor for grads in into_steps for tensor in grads[:2]]
-        return None, None, None, *inputs, *pairs, *(tensor for grads in into_steps for tensor in grads[2:])
+        return None, None, dx, *pairs, *(tensor for grads in into_steps for tensor in grads[2:])
 
 
 def _back(
-    ctx: FunctionCtx, index: int, inputs: Sequence[Tensor], weights: Sequence[Tensor | None], d: Tensor
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Through one step of a `_LinearChain`: the gradients of its inputs, and of its weight, bias and parameters."""
+    ctx: FunctionCtx, index: int, x: Tensor, weights: Sequence[Tensor | None], d: Tensor
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Through one step of a `_LinearChain`: the gradient of its input, and those of its weight, bias and parameters."""
     step, parameters, (weight, bias) = ctx.steps[index], ctx.parameters[index], weights
     if any(now is not then for now, then in zip(step.parameters(), parameters, strict=True)):
         raise RuntimeError("parameters were replaced between forward and backward: run both inside plain_autograd()")
-    needed = ctx.needs_input_grad[3 : 3 + ctx.num_inputs] if index == 0 else (True,)
     with torch.enable_grad(), autocast_as_before(ctx):
-        leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
-        z = step.prepare(*leaves)
-    dz, dweight, _ = torch.ops.aten.convolution_backward(
+        leaf = x.detach().requires_grad_(index > 0 or ctx.needs_input_grad[2])
+        z = step.prepare(leaf)
+    dz, dweight, _ = aten.convolution_backward(
         d, z.detach(), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [z.requires_grad, True, False]
     )
     dbias = None if bias is None else d.sum(dim=(0, 2, 3))  # sooner than by the convolution
-    targets = [*leaves, *parameters]
-    wanted = [t for t in targets if t.requires_grad]
-    found = iter(torch.autograd.grad(z, wanted, dz, allow_unused=True) if wanted else ())
-    grads = [next(found) if t.requires_grad else None for t in targets]
-    return grads[: len(leaves)], [dweight, dbias, *grads[len(leaves) :]]
+    wanted = [t for t in (leaf, *parameters) if t.requires_grad]
+    found = list(torch.autograd.grad(z, wanted, dz, allow_unused=True)) if wanted else []
+    dx = found.pop(0) if leaf.requires_grad else None
+    return dx, [dweight, dbias, *found]
 
 
 def _added(totals: list[Tensor | None], parts: list[Tensor | None], *, several: bool) -> list[Tensor | None]:

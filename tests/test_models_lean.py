@@ -103,23 +103,18 @@ def test_weighted_sum() -> None:
 @pytest.mark.usefixtures("small_groups")
 @pytest.mark.parametrize("needed", (True, False))
 def test_linear_chain(needed: bool) -> None:
-    conv, first, second = randomised(DepthwiseConv2d(3, (3, 3))), nn.Conv2d(6, 5, 1), PointwiseLinear(5, 2, bias=False)
+    conv, first, second = randomised(DepthwiseConv2d(3, (3, 3))), nn.Conv2d(3, 5, 1), PointwiseLinear(5, 2, bias=False)
     first, second, shift = randomised(first), randomised(second), noise(5, seed=3).requires_grad_()
-    x, y = noise(5, 3, 4, 4).requires_grad_(needed), noise(5, 3, 4, 4, seed=2).requires_grad_()
-
-    def prepare(x: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([conv(x), y.sin()], dim=1)
-
-    steps = [linear_chain.Step(first, prepare, [conv]), linear_chain.Step(second, torch.tanh, shift=shift)]
-    inputs = (x, y) if needed else (y,)
+    x = noise(5, 3, 4, 4).requires_grad_(needed)
+    steps = [linear_chain.Step(first, conv, [conv]), linear_chain.Step(second, torch.tanh, shift=shift)]
     weights = (*conv.parameters(), *first.parameters(), *second.parameters(), shift)
-    both_ways(lambda: linear_chain.linear_chain(x, y, steps=steps), *inputs, *weights)
+    both_ways(lambda: linear_chain.linear_chain(x, steps), *([x] if needed else []), *weights)
 
 
 def test_linear_chain_without_gradients_and_with_frozen_parts() -> None:
     conv, linear = randomised(DepthwiseConv2d(3, (3, 3))), randomised(nn.Conv2d(3, 5, 1))
     x = noise(2, 3, 4, 4)
-    call = partial(linear_chain.linear_chain, x, steps=[linear_chain.Step(linear, conv, [conv])])
+    call = partial(linear_chain.linear_chain, x, [linear_chain.Step(linear, conv, [conv])])
     with torch.no_grad():
         torch.testing.assert_close(call(), linear(conv(x)))
     conv.requires_grad_(False)
