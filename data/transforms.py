@@ -26,7 +26,6 @@ Transform = Callable[[Picture], np.ndarray | Tensor]
 SMALL = 32  # pixels; up to this size images are padded and cropped instead of zoomed into, as published for CIFAR
 _CROP_PADDING = 4  # pixels
 _CROP_RATIO = 256 / 224  # shorter side before the centre crop, relative to the crop
-_TORCH_RESIZES = ("bicubic", "bilinear")
 _PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
 
 
@@ -35,16 +34,8 @@ def build_transform(config: CfgNode, *, is_train: bool) -> Transform:
 
     It maps an RGB picture (PIL image or uint8 array (H, W, 3)) to a uint8 array (S, S, 3) in the fast pipeline, to a
     normalised float tensor (3, S, S) in the reference pipeline, with S = DATA.IMG_SIZE.
-
-    Raises:
-        ValueError: FAST_RESIZE where it has no meaning.
     """
     data = config.DATA
-    if data.FAST_RESIZE and (data.PIPELINE != "fast" or data.INTERPOLATION not in _TORCH_RESIZES):
-        raise ValueError(
-            f"DATA.FAST_RESIZE needs DATA.PIPELINE fast and DATA.INTERPOLATION {' or '.join(_TORCH_RESIZES)}; got "
-            f"{data.PIPELINE!r} and {data.INTERPOLATION!r}"
-        )
     resize = torch_resize if data.FAST_RESIZE else pil_resize
     if is_train:
         return _fast_train(config, resize) if data.PIPELINE == "fast" else _reference_train(config)

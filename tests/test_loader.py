@@ -236,12 +236,6 @@ def test_damaged_validation_cache_is_refused(folder, cached_config):
         build_val_loader(cached_config, device="cpu")
 
 
-def test_validation_cache_refuses_the_reference_pipeline(folder):
-    config = make_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=folder / "cache", DATA__PIPELINE="reference")
-    with pytest.raises(ValueError, match="VAL_CACHE"):
-        build_val_loader(config, device="cpu")
-
-
 def test_only_the_first_process_of_a_machine_acts(monkeypatch):
     done = []
     once_per_machine(lambda: done.append(0), what="work")

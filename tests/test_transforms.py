@@ -163,12 +163,6 @@ def test_torch_resize_returns_pixels_in_one_piece():
         assert torch_resize(box, (64, 64), "bicubic").flags.c_contiguous
 
 
-@pytest.mark.parametrize("keys", ({"DATA__PIPELINE": "reference"}, {"DATA__INTERPOLATION": "lanczos"}))
-def test_fast_resize_refuses_what_it_cannot_do(keys):
-    with pytest.raises(ValueError, match="FAST_RESIZE"):
-        build_transform(make_config(DATA__FAST_RESIZE=True, **keys), is_train=True)
-
-
 def test_elongated_image_is_refused_before_it_fills_the_memory():
     transform = EvalResize(224, crop=True, interpolation="bicubic", resize=pil_resize)
     with pytest.raises(ImageReadError, match="1 x 100000|100000 x 1"):

@@ -10,6 +10,7 @@ from utils.config_defaults import flatten
 
 FOLDER_DATASETS = ("imagenet", "imagenet-1k", "101_ObjectCategories", "caltech101", "folder")
 DATASETS = (*FOLDER_DATASETS, "CIFAR10", "CIFAR100", "digits")  # the same names as in data.datasets (tested)
+FAST_RESIZES = ("bicubic", "bilinear")  # DATA.INTERPOLATION with DATA.FAST_RESIZE: what torch shrinks without aliasing
 STAGE_STRIDE = 8  # the three merges between the four stages halve the map each
 AUTO_AUGMENT_POLICIES = ("rand", "augmix", "original", "v0", "3a")  # what timm's policy strings start with
 
@@ -107,8 +108,8 @@ def check_config(config: CfgNode) -> list[Problem]:
     Types and the names of ``CHOICES`` are not looked at: they are refused where a value is read.
     """
     return [
-        *_check_ranges(config), *_check_model(config), *_check_training(config), *_check_augmentation(config),
-        *_check_files(config),
+        *_check_ranges(config), *_check_data(config), *_check_model(config), *_check_training(config),
+        *_check_augmentation(config), *_check_files(config),
     ]
 
 
@@ -127,6 +128,21 @@ def _inside(number: float, interval: str) -> bool:
     above = number >= low if interval[0] == "[" else number > low
     below = number <= high if interval[-1] == "]" else number < high
     return above and below
+
+
+def _check_data(config: CfgNode) -> Iterator[Problem]:
+    data = config.DATA
+    if data.FAST_RESIZE and (data.PIPELINE != "fast" or data.INTERPOLATION not in FAST_RESIZES):
+        yield Problem(
+            ("DATA.FAST_RESIZE", "DATA.PIPELINE", "DATA.INTERPOLATION"),
+            f"DATA.FAST_RESIZE needs DATA.PIPELINE fast and DATA.INTERPOLATION {' or '.join(FAST_RESIZES)}; got "
+            f"{data.PIPELINE} and {data.INTERPOLATION}",
+        )
+    if data.VAL_CACHE and data.PIPELINE != "fast":
+        yield Problem(
+            ("DATA.VAL_CACHE", "DATA.PIPELINE"),
+            f"DATA.VAL_CACHE holds uint8 images, which DATA.PIPELINE {data.PIPELINE} does not make; take fast",
+        )
 
 
 def _check_model(config: CfgNode) -> Iterator[Problem]:

@@ -41,7 +41,6 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[CfgNode], bool], str], ..
     (("MODEL.TIMM_NAME",), lambda c: c.MODEL.TYPE != "timm", "MODEL.TYPE is not timm"),
     (_STRIP_KEYS, lambda c: c.MODEL.TYPE == "timm", "MODEL.TYPE is timm"),
     (("DATA.CACHE_MODE",), lambda c: not c.DATA.ZIP_MODE, "DATA.ZIP_MODE is False"),
-    (("DATA.FAST_RESIZE",), lambda c: c.DATA.PIPELINE == "reference", "DATA.PIPELINE is reference"),
     (("AUG.COLOR_JITTER",), lambda c: c.AUG.AUTO_AUGMENT not in ("", "none"), "AUG.AUTO_AUGMENT takes its place"),
     (("AUG.REMODE", "AUG.RECOUNT"), lambda c: c.AUG.REPROB == 0, "AUG.REPROB is 0"),
     (("AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "AUG.MIXUP_MODE"), lambda c: not mixes(c), "mixup and cutmix are off"),
