@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 _SHARES = hasattr(os, "memfd_create")  # Linux
 
@@ -27,7 +27,7 @@ def collate_arrays(samples: Sequence[Sample]) -> tuple[Tensor, np.ndarray, np.nd
     """
     pictures, targets, indices = zip(*samples, strict=True)
     if isinstance(pictures[0], Tensor):
-        images = torch.stack(pictures)
+        images = default_collate(pictures)  # the published one; in a worker it stacks into shared memory
     else:
         stack = _stack_shared if _SHARES and get_worker_info() is not None else _stack
         images = stack(pictures).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
