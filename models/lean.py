@@ -48,9 +48,9 @@ def eager(x: Tensor) -> bool:
     return x.device.type in DEVICES and not (_plain_depth or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
-def untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
+def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether reading the parameters of `module` is the same as calling it."""
-    return type(module) in types and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -29,13 +29,13 @@ class Step:
     """One link of a `linear_chain`: ``x -> linear(prepare(x) + shift)``.
 
     Args:
-        linear: 1x1 convolution, or linear layer over the channels of a map.
+        linear: linear layer over the channels of a map.
         prepare: cheap differentiable function that treats samples apart; it runs again in the backward pass.
         modules: where the parameters of `prepare` are.
         shift: added to each position, one value a channel; None adds nothing.
     """
 
-    linear: nn.Conv2d | PointwiseLinear
+    linear: PointwiseLinear
     prepare: Callable[[Tensor], Tensor]
     modules: Sequence[nn.Module] = ()
     shift: Tensor | None = None
@@ -44,11 +44,10 @@ class Step:
         """Weight (out, in, 1, 1), and bias with the shift in it, of `linear`, in the type of its matrix product."""
         weight, bias = self.linear.weight, self.linear.bias
         if self.shift is not None:
-            moved = weight.flatten(1) @ self.shift
+            moved = weight @ self.shift
             bias = moved if bias is None else bias + moved
         dtype = product_dtype(weight)
-        weight = weight.view(*weight.shape[:2], 1, 1).to(dtype)
-        return weight, None if bias is None else bias.to(dtype)
+        return weight[:, :, None, None].to(dtype), None if bias is None else bias.to(dtype)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of `prepare` that are being trained."""
@@ -60,7 +59,7 @@ def linear_chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
 
     Shape: (B, C, H, W) -> (B, outputs of the last linear layer, H, W).
     """
-    if not eager(x) or not all(untouched(step.linear, nn.Conv2d, PointwiseLinear) for step in steps):
+    if not eager(x) or not all(untouched(step.linear, PointwiseLinear) for step in steps):
         return _plain_chain(x, steps)
     weights = [tensor for step in steps for tensor in step.folded()]
     parameters = [step.parameters() for step in steps]
@@ -73,7 +72,7 @@ def linear_chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
 def _plain_chain(x: Tensor, steps: Sequence[Step]) -> Tensor:
     for step in steps:
         x = step.prepare(x)
-        if untouched(step.linear, nn.Conv2d, PointwiseLinear):
+        if untouched(step.linear, PointwiseLinear):
             x = F.conv2d(x, *step.folded())
         else:
             x = step.linear(x if step.shift is None else x + step.shift.view(1, -1, 1, 1))

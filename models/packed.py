@@ -93,14 +93,14 @@ class PackedLinear(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] == (1, 1):  # too little for oneDNN to win
             x = F.linear(x.flatten(1), self.weight, self.bias)[:, :, None, None]  # (B, in, 1, 1) -> (B, out, 1, 1)
-            return gelu_(x) if self.gelu else x
-        if not self.packable(x):
+        elif self.packable(x):
+            behind = "gelu" if self.gelu else "none"
+            x = x.permute(0, 2, 3, 1).contiguous()  # (B, in, H, W) -> (B, H, W, in)
+            x = torch.ops.mkldnn._linear_pointwise(x, self.packed(x), self.bias, behind, [None], "none")
+            return x.permute(0, 3, 1, 2)  # (B, H, W, out) -> (B, out, H, W)
+        else:
             x = F.conv2d(x, self.weight[:, :, None, None], self.bias)
-            return gelu_(x) if self.gelu else x
-        behind = "gelu" if self.gelu else "none"
-        x = x.permute(0, 2, 3, 1).contiguous()  # (B, in, H, W) -> (B, H, W, in)
-        x = torch.ops.mkldnn._linear_pointwise(x, self.packed(x), self.bias, behind, [None], "none")
-        return x.permute(0, 3, 1, 2)  # (B, H, W, out) -> (B, out, H, W)
+        return gelu_(x) if self.gelu else x
 
     def pack(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight, x.shape[:-1].numel())

@@ -103,8 +103,8 @@ def test_weighted_sum() -> None:
 @pytest.mark.usefixtures("small_groups")
 @pytest.mark.parametrize("needed", (True, False))
 def test_linear_chain(needed: bool) -> None:
-    conv, first, second = randomised(DepthwiseConv2d(3, (3, 3))), nn.Conv2d(3, 5, 1), PointwiseLinear(5, 2, bias=False)
-    first, second, shift = randomised(first), randomised(second), noise(5, seed=3).requires_grad_()
+    conv, shift = randomised(DepthwiseConv2d(3, (3, 3))), noise(5, seed=3).requires_grad_()
+    first, second = randomised(PointwiseLinear(3, 5)), randomised(PointwiseLinear(5, 2, bias=False))
     x = noise(5, 3, 4, 4).requires_grad_(needed)
     steps = [linear_chain.Step(first, conv, [conv]), linear_chain.Step(second, torch.tanh, shift=shift)]
     weights = (*conv.parameters(), *first.parameters(), *second.parameters(), shift)
@@ -112,7 +112,7 @@ def test_linear_chain(needed: bool) -> None:
 
 
 def test_linear_chain_without_gradients_and_with_frozen_parts() -> None:
-    conv, linear = randomised(DepthwiseConv2d(3, (3, 3))), randomised(nn.Conv2d(3, 5, 1))
+    conv, linear = randomised(DepthwiseConv2d(3, (3, 3))), randomised(PointwiseLinear(3, 5))
     x = noise(2, 3, 4, 4)
     call = partial(linear_chain.linear_chain, x, [linear_chain.Step(linear, conv, [conv])])
     with torch.no_grad():
