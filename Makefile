@@ -28,6 +28,7 @@ test: lint
 
 lint: $(VENV)/.installed-dev
 	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
 
 faults: $(VENV)/.installed-dev
 	@$(RUN) -m pytest -m "faults or not faults" tests/faults

@@ -81,14 +81,27 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
         if session.stop.agreed:
             path = save(state, session)
             same = config.TRAIN.AUTO_RESUME and not config.MODEL.RESUME
-            logger.warning("stopped: %s. Continue with %s; the state is in %s", session.stop.agreed,
-                           "the same command" if same else f"--resume {path}", path)
-            run.write_status("preempted", reason=session.stop.agreed, step=state.progress.global_step,
-                             epoch=state.progress.epoch, checkpoint=path.name)
+            logger.warning(
+                "stopped: %s. Continue with %s; the state is in %s",
+                session.stop.agreed,
+                "the same command" if same else f"--resume {path}",
+                path,
+            )
+            run.write_status(
+                "preempted",
+                reason=session.stop.agreed,
+                step=state.progress.global_step,
+                epoch=state.progress.epoch,
+                checkpoint=path.name,
+            )
             return
     progress = state.progress
-    logger.info("done: best top-1 %.2f %% after epoch %d; checkpoints, metrics.jsonl and curves.png in %s",
-                progress.best_acc1, progress.best_epoch, run.output_dir)
+    logger.info(
+        "done: best top-1 %.2f %% after epoch %d; checkpoints, metrics.jsonl and curves.png in %s",
+        progress.best_acc1,
+        progress.best_epoch,
+        run.output_dir,
+    )
     run.write_status("completed", step=progress.global_step, epoch=progress.epoch, best_acc1=progress.best_acc1)
 
 
@@ -98,8 +111,13 @@ def build_session(config, run: Run, stop: StopRequest) -> Session:
     val_loader = build_val_loader(config, device=run.device)
     check_data(config, loader.dataset, val_loader.dataset)
     transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank)
-    logger.info("data: %s, %d training and %d validation samples in %d classes", config.DATA.DATASET,
-                len(loader.dataset), len(val_loader.dataset), len(loader.dataset.classes))
+    logger.info(
+        "data: %s, %d training and %d validation samples in %d classes",
+        config.DATA.DATASET,
+        len(loader.dataset),
+        len(val_loader.dataset),
+        len(loader.dataset.classes),
+    )
     return Session(
         config=config,
         run=run,
@@ -126,15 +144,31 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
     ema = None
     if config.TRAIN.EMA_DECAY > 0:
         ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
-    logger.info("model: %s, %s parameters, %s", config.MODEL.NAME, f"{sum(p.numel() for p in model.parameters()):,}",
-                session.precision.description)
-    logger.info("update: %d images (%d x %d process(es) x %d), %d updates an epoch, learning rate %g",
-                global_batch_size(config, run.world_size), config.DATA.BATCH_SIZE, run.world_size,
-                session.accumulation, session.updates_per_epoch, lrs.base)
+    logger.info(
+        "model: %s, %s parameters, %s",
+        config.MODEL.NAME,
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        session.precision.description,
+    )
+    logger.info(
+        "update: %d images (%d x %d process(es) x %d), %d updates an epoch, learning rate %g",
+        global_batch_size(config, run.world_size),
+        config.DATA.BATCH_SIZE,
+        run.world_size,
+        session.accumulation,
+        session.updates_per_epoch,
+        lrs.base,
+    )
     guard = NonFiniteGuard(model, run.device, config.TRAIN.MAX_NONFINITE)
     state = TrainState(model, optimizer, scheduler, session.precision.scaler, guard, RunningMeans(run.device), ema)
-    bring_up(ddp_model, config, averaged=ema.module if ema is not None else None, device=run.device,
-             world_size=run.world_size, autocast=session.precision.autocast)
+    bring_up(
+        ddp_model,
+        config,
+        averaged=ema.module if ema is not None else None,
+        device=run.device,
+        world_size=run.world_size,
+        autocast=session.precision.autocast,
+    )
     return ddp_model, state
 
 
@@ -152,8 +186,13 @@ def start(state: TrainState, session: Session, allow_change: Sequence[str]) -> N
         progress = state.progress
         if config.MODEL.PRETRAINED:
             logger.info("--pretrained %s is not read: the run goes on from a checkpoint", config.MODEL.PRETRAINED)
-        logger.info("resumed from %s: epoch %d, update %d, best top-1 %.2f %%", path, progress.epoch,
-                    progress.global_step, progress.best_acc1)
+        logger.info(
+            "resumed from %s: epoch %d, update %d, best top-1 %.2f %%",
+            path,
+            progress.epoch,
+            progress.global_step,
+            progress.best_acc1,
+        )
     elif config.MODEL.PRETRAINED:
         load_weights(state.model, config.MODEL.PRETRAINED, remap=from_published, prefer_ema=True, replace_head=True)
         if state.ema is not None:
@@ -196,8 +235,14 @@ def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: 
         if session.check_due(done):
             check_finite(state, session)
         if session.log_due(done):
-            log_step(session.where(progress), state.means, timer, lr=lr, left=session.updates_left(progress),
-                     device=session.run.device)
+            log_step(
+                session.where(progress),
+                state.means,
+                timer,
+                lr=lr,
+                left=session.updates_left(progress),
+                device=session.run.device,
+            )
         if session.stop.poll():
             break
         due = config.TRAIN.SAVE_STEPS and progress.global_step % config.TRAIN.SAVE_STEPS == 0
@@ -219,8 +264,13 @@ def accumulate_gradients(
     """
     total = torch.zeros((), device=session.run.device)
     for number, (images, targets, indices) in enumerate(group):
-        images, targets = session.transform(images, targets, indices, epoch=state.progress.epoch,
-                                            update=state.progress.global_step * session.accumulation + number)
+        images, targets = session.transform(
+            images,
+            targets,
+            indices,
+            epoch=state.progress.epoch,
+            update=state.progress.global_step * session.accumulation + number,
+        )
         last = number == len(group) - 1
         with nullcontext() if last else model.no_sync():
             with session.precision.autocast():
@@ -232,8 +282,12 @@ def accumulate_gradients(
 
 def update_record(progress: Progress, group: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
     """What is needed to repeat the update that is about to be done."""
-    return {"step": progress.global_step, "epoch": progress.epoch, "indices": [indices for _, _, indices in group],
-            "rng": torch_random_state()}
+    return {
+        "step": progress.global_step,
+        "epoch": progress.epoch,
+        "indices": [indices for _, _, indices in group],
+        "rng": torch_random_state(),
+    }
 
 
 def check_finite(state: TrainState, session: Session) -> None:
@@ -266,8 +320,15 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> No
     progress.epoch, progress.samples_seen = epoch, 0
     bad_images = session.count_bad_images()
     if session.run.is_main:  # before saving: a restart in between repeats the evaluation and drops this row
-        row = {"epoch": epoch, "step": progress.global_step, "lr": state.optimizer.param_groups[0]["lr"], **row,
-               "skipped": state.guard.reported, "bad_images": bad_images, "best_acc1": progress.best_acc1}
+        row = {
+            "epoch": epoch,
+            "step": progress.global_step,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            **row,
+            "skipped": state.guard.reported,
+            "bad_images": bad_images,
+            "best_acc1": progress.best_acc1,
+        }
         record_epoch(session.run.output_dir, row, result)
     milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS else ()
     save(state, session, (*((BEST,) if is_best else ()), *milestone))
@@ -278,8 +339,14 @@ def validate(state: TrainState, session: Session) -> EvalResult:
     model = state.eval_model
     # a compiled model: a last, smaller batch is no reason to compile again
     with averaged_batchnorm(model), torch.compiler.set_stance("eager_on_recompile"):
-        return evaluate(model, session.val_loader, device=session.run.device, autocast=session.precision.autocast,
-                        batch_transform=session.val_transform, should_stop=session.stop.poll)
+        return evaluate(
+            model,
+            session.val_loader,
+            device=session.run.device,
+            autocast=session.precision.autocast,
+            batch_transform=session.val_transform,
+            should_stop=session.stop.poll,
+        )
 
 
 def save(state: TrainState, session: Session, names: tuple[str, ...] = ()) -> Path:
@@ -290,8 +357,11 @@ def save(state: TrainState, session: Session, names: tuple[str, ...] = ()) -> Pa
     seconds = time.monotonic() - started
     logger.info("saved %s (%.1f s)", ", ".join((path.name, *names)), seconds)
     if seconds > SLOW_SAVE_SECONDS:
-        logger.warning("saving took %.0f s; torchrun kills a stopped run after 30 s unless told otherwise "
-                       "(--shutdown-timeout), so write to a faster disk or ask for the stop earlier", seconds)
+        logger.warning(
+            "saving took %.0f s; torchrun kills a stopped run after 30 s unless told otherwise "
+            "(--shutdown-timeout), so write to a faster disk or ask for the stop earlier",
+            seconds,
+        )
     return path
 
 

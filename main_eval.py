@@ -65,21 +65,33 @@ def evaluate_checkpoint(config, process: Run, *, weights: str | None = None) -> 
     loader = build_val_loader(config, device=process.device)
     check_data(config, None, loader.dataset)
     model = build_model(config).to(process.device)
-    _, facts = load_weights(model, source, remap=from_published, prefer_ema=weights != "model",
-                            require_ema=weights == "ema")
+    _, facts = load_weights(
+        model, source, remap=from_published, prefer_ema=weights != "model", require_ema=weights == "ema"
+    )
     check_classes(loader.dataset.classes, facts, source)
     warn_preprocessing(config, facts, source)
     transform = build_batch_transform(config, is_train=False, device=process.device, rank=process.rank)
     with closing(loader):
-        result = evaluate(inference_form(model), loader, device=process.device, batch_transform=transform,
-                          autocast=build_precision(config, process.device).autocast)
+        result = evaluate(
+            inference_form(model),
+            loader,
+            device=process.device,
+            batch_transform=transform,
+            autocast=build_precision(config, process.device).autocast,
+        )
     top5 = f", top-5 {result.acc5:.2f} %" if config.MODEL.NUM_CLASSES > 5 else ""
-    logger.info("%s: top-1 %.2f %%%s, loss %.4f on %d samples", source, result.acc1, top5, result.loss,
-                result.num_samples)
+    logger.info(
+        "%s: top-1 %.2f %%%s, loss %.4f on %d samples", source, result.acc1, top5, result.loss, result.num_samples
+    )
     if process.is_main:
         path = resolve_source(source)
-        row = {**asdict(result), "checkpoint": source, "sha256": sha256(path), "config": config.MODEL.NAME,
-               "dataset": config.DATA.DATASET}
+        row = {
+            **asdict(result),
+            "checkpoint": source,
+            "sha256": sha256(path),
+            "config": config.MODEL.NAME,
+            "dataset": config.DATA.DATASET,
+        }
         write_text_atomic(process.output_dir / "eval.json", json.dumps(row, indent=1) + "\n")
         logger.info("written to %s", process.output_dir / "eval.json")
 
@@ -93,8 +105,15 @@ def throughput(config, process: Run) -> None:
     images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.STRIP_MLP.IN_CHANS, size, size, device=process.device)
     images = images.to(memory_format=torch.channels_last)
     rate = measure_throughput(model, images, autocast=precision.autocast, seconds=THROUGHPUT_SECONDS)
-    logger.info("throughput of %s: %.1f images/s (batch %d, %d x %d, %s)", config.MODEL.NAME, rate,
-                config.DATA.BATCH_SIZE, size, size, precision.description)
+    logger.info(
+        "throughput of %s: %.1f images/s (batch %d, %d x %d, %s)",
+        config.MODEL.NAME,
+        rate,
+        config.DATA.BATCH_SIZE,
+        size,
+        size,
+        precision.description,
+    )
 
 
 def inference_form(model: nn.Module) -> nn.Module:

@@ -69,15 +69,19 @@ class InferenceStripMLP(nn.Module):
             RuntimeError: if `mode` is true.
         """
         if mode:
-            raise RuntimeError("the inference form cannot be trained: train the network it was made from, then call "
-                               "to_inference() again")
+            raise RuntimeError(
+                "the inference form cannot be trained: train the network it was made from, then call "
+                "to_inference() again"
+            )
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of the images."""
         if x.shape[1:] != (self.in_chans, self.img_size, self.img_size):
-            raise ValueError(f"input of shape {tuple(x.shape)}, but this network takes (batch, {self.in_chans}, "
-                             f"{self.img_size}, {self.img_size})")
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}, but this network takes (batch, {self.in_chans}, "
+                f"{self.img_size}, {self.img_size})"
+            )
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the inference form gives no gradients: use the network it was made from")
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))

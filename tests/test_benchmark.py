@@ -138,8 +138,9 @@ def test_model_table(tmp_path: Path) -> None:
     candidates = [Candidate("strip_mlp_nano"), Candidate("strip_mlp_nano", precision="bf16")]
     baseline = Candidate("test_resnet")
     for mode in ("train", "infer"):
-        table = model_table(candidates, [baseline], Setting(mode, 2, 32, CPU), stopwatch=Stopwatch(CPU), rounds=2,
-                            min_seconds=0.01)
+        table = model_table(
+            candidates, [baseline], Setting(mode, 2, 32, CPU), stopwatch=Stopwatch(CPU), rounds=2, min_seconds=0.01
+        )
         assert [row["label"] for row in table.rows] == ["strip_mlp_nano", "strip_mlp_nano:bf16", "test_resnet"]
         for row in table.rows:
             assert row["images_per_second"] == pytest.approx(2000 / row["milliseconds"])
@@ -162,13 +163,25 @@ def test_growth_of_memory_is_seen() -> None:
 
 def test_the_gpu_suite_runs_on_a_cpu() -> None:
     tables: list[Table] = []
-    gpu_tables(CPU, variants=("strip_mlp_nano",), baselines=("test_resnet",), precisions=("bf16", "fp32"),
-               batches=(2, 1), img_size=32, rounds=1, compiled=False, finished=tables.append)
+    gpu_tables(
+        CPU,
+        variants=("strip_mlp_nano",),
+        baselines=("test_resnet",),
+        precisions=("bf16", "fp32"),
+        batches=(2, 1),
+        img_size=32,
+        rounds=1,
+        compiled=False,
+        finished=tables.append,
+    )
     measured = [table for table in tables if table.facts]
     assert len(tables) == len(measured) + 3  # by kind of kernel, for the first precision
     facts = [(table.facts["mode"], table.facts["batch"], table.rows[0]["precision"]) for table in measured]
-    assert facts == [(mode, batch, precision) for precision in ("bf16", "fp32")
-                     for mode, batch in (("train", 2), ("infer", 2), ("infer", 1))]
+    assert facts == [
+        (mode, batch, precision)
+        for precision in ("bf16", "fp32")
+        for mode, batch in (("train", 2), ("infer", 2), ("infer", 1))
+    ]
     folded = ["inference"] if hasattr(StripMLPNet, "to_inference") else []
     assert [row["form"] for row in tables[-1].rows] == ["eager", *folded, "eager"]
 

@@ -38,11 +38,17 @@ def make_state(*, seed: int = 0, width: int = 3, optimizer: str = "adamw", ema: 
     """A small state after two updates."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
-    kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
-             "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)}
+    kinds = {
+        "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    }
     state = TrainState(
-        model=model, optimizer=kinds[optimizer](model.parameters()), scheduler=None,
-        scaler=torch.amp.GradScaler("cpu", enabled=False), guard=NonFiniteGuard(model, CPU, 5), means=RunningMeans(CPU),
+        model=model,
+        optimizer=kinds[optimizer](model.parameters()),
+        scheduler=None,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        guard=NonFiniteGuard(model, CPU, 5),
+        means=RunningMeans(CPU),
         ema=ModelEmaV3(model, decay=0.5) if ema else None,
     )
     state.scheduler = CosineLRScheduler(state.optimizer, t_initial=10, t_in_epochs=False)
@@ -77,6 +83,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 # the state
+
 
 @pytest.mark.parametrize("options", ({}, {"optimizer": "sgd", "ema": False}), ids=("adamw, average", "sgd"))
 def test_round_trip(tmp_path, options):
@@ -170,11 +177,15 @@ def test_refused_and_nothing_changed(tmp_path, saved, name):
     assert equal(state, untouched)
 
 
-@pytest.mark.parametrize(("options", "message"), (
-    ({"width": 5}, "is of another model"),
-    ({"optimizer": "sgd"}, "another optimizer; set TRAIN.OPTIMIZER"),
-    ({"ema": False}, "saved with averaged weights"),
-), ids=("width", "optimizer", "average"))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ({"width": 5}, "is of another model"),
+        ({"optimizer": "sgd"}, "another optimizer; set TRAIN.OPTIMIZER"),
+        ({"ema": False}, "saved with averaged weights"),
+    ),
+    ids=("width", "optimizer", "average"),
+)
 def test_refused_by_another_run(saved, options, message):
     with pytest.raises(CheckpointError, match=message):
         restore(make_state(**options), read_training_state(saved), saved)
@@ -191,6 +202,7 @@ def test_first_format_stays_readable(saved):
 
 
 # the store
+
 
 def payload_at(step: int) -> dict[str, Any]:
     return {"model": {"w": torch.full((50,), float(step))}, "ema": None, "progress": {"global_step": step}}

@@ -60,6 +60,7 @@ class Unpicklable:
 
 # writing
 
+
 def test_what_is_written_is_what_is_read(good):
     loaded = load_checkpoint(good)
     assert all(torch.equal(loaded["model"][key], WEIGHTS[key]) for key in WEIGHTS)
@@ -82,12 +83,16 @@ def test_flushed_before_it_is_visible(tmp_path, monkeypatch):
     assert calls == ["fsync file", "rename", "fsync folder"]
 
 
-@pytest.mark.parametrize(("value", "reason"), (
-    (Unpicklable(), "this object cannot be pickled"),
-    (np.float64(1.0), "asks to import numpy"),
-    (Path("x"), "asks to import pathlib"),
-    (CfgNode({"A": 1}).items, "asks to import"),
-), ids=("raises", "numpy number", "path", "method"))
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    (
+        (Unpicklable(), "this object cannot be pickled"),
+        (np.float64(1.0), "asks to import numpy"),
+        (Path("x"), "asks to import pathlib"),
+        (CfgNode({"A": 1}).items, "asks to import"),
+    ),
+    ids=("raises", "numpy number", "path", "method"),
+)
 def test_value_that_is_not_plain(good, value, reason):
     before = content(good.parent)
     with pytest.raises(CheckpointError, match=reason) as error:
@@ -143,16 +148,17 @@ def test_second_name(good, monkeypatch, links):
 
 # reading: damage
 
+
 def flipped(data: bytes, position: int) -> bytes:
-    return data[:position] + bytes([data[position] ^ 4]) + data[position + 1:]
+    return data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
 
 
 SECOND_ROW = WEIGHTS["layer.weight"][1].numpy().tobytes()
 DAMAGES = {
     "empty": (lambda data: b"", "is empty (0 bytes)"),
     "last byte missing": (lambda data: data[:-1], "damaged"),
-    "half": (lambda data: data[:len(data) // 2], "damaged"),
-    "second half zero": (lambda data: data[:len(data) // 2] + bytes(len(data) - len(data) // 2), "damaged"),
+    "half": (lambda data: data[: len(data) // 2], "damaged"),
+    "second half zero": (lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), "damaged"),
     "all zero": (lambda data: bytes(len(data)), "not a PyTorch checkpoint (starts with"),
     "bit in a tensor": (lambda data: flipped(data, data.index(SECOND_ROW)), "checksum"),
     "bit in the pickle": (lambda data: flipped(data, data.index(b"progress")), "checksum"),
@@ -239,12 +245,16 @@ def test_huge_tensor_is_not_allocated(tmp_path):
 
 # reading: code
 
+
 def save_legacy(payload: object, path: Path) -> None:
     torch.save(payload, path, _use_new_zipfile_serialization=False)
 
 
-@pytest.mark.parametrize("save", (torch.save, save_legacy, lambda x, path: path.write_bytes(pickle.dumps(x, 2))),
-                         ids=("zip", "legacy", "bare pickle"))
+@pytest.mark.parametrize(
+    "save",
+    (torch.save, save_legacy, lambda x, path: path.write_bytes(pickle.dumps(x, 2))),
+    ids=("zip", "legacy", "bare pickle"),
+)
 @pytest.mark.parametrize("variables", ({}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}), ids=("", "switched off"))
 def test_payload_is_not_executed(tmp_path, monkeypatch, save, variables):
     for key, value in variables.items():
@@ -286,9 +296,28 @@ def dotted(node: ast.AST) -> str:
 
 
 FORBIDDEN = (
-    "torch.load", "pickle.load", "pickle.loads", "Unpickler", "marshal.", "shelve.", "joblib.", "dill.", "cloudpickle.",
-    "load_state_dict_from_url", "hub.load", "checkpoint.load", "dcp.load", "jit.load", "export.load",
-    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "merge_from_file", "load_cfg", "import_module", "runpy.",
+    "torch.load",
+    "pickle.load",
+    "pickle.loads",
+    "Unpickler",
+    "marshal.",
+    "shelve.",
+    "joblib.",
+    "dill.",
+    "cloudpickle.",
+    "load_state_dict_from_url",
+    "hub.load",
+    "checkpoint.load",
+    "dcp.load",
+    "jit.load",
+    "export.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "merge_from_file",
+    "load_cfg",
+    "import_module",
+    "runpy.",
     "os.system",
 )
 
@@ -296,16 +325,24 @@ FORBIDDEN = (
 def test_only_one_function_opens_strangers_files():
     """Nothing else in the programs unpickles, reads yaml unsafely, or runs what a file names."""
     found = []
-    for path in sorted(path for pattern in ("*.py", "models/*.py", "data/*.py", "utils/*.py", "tools/*.py")
-                       for path in ROOT.glob(pattern)):
+    for path in sorted(
+        path
+        for pattern in ("*.py", "models/*.py", "data/*.py", "utils/*.py", "tools/*.py")
+        for path in ROOT.glob(pattern)
+    ):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
             name = dotted(node.func)
             words = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             safe_yaml = name == "yaml.load" and "Safe" in words.get("Loader", "")
-            if any(name == word or name.endswith(f".{word}") or (word[-1] == "." and name.startswith(word))
-                   for word in FORBIDDEN) and not safe_yaml:
+            if (
+                any(
+                    name == word or name.endswith(f".{word}") or (word[-1] == "." and name.startswith(word))
+                    for word in FORBIDDEN
+                )
+                and not safe_yaml
+            ):
                 found.append(f"{path.relative_to(ROOT)}: {name}")
             if words.get("allow_pickle", "False") != "False" or words.get("weights_only", "True") != "True":
                 found.append(f"{path.relative_to(ROOT)}: {name} with {words}")
@@ -313,6 +350,7 @@ def test_only_one_function_opens_strangers_files():
 
 
 # sources
+
 
 def test_local_source(good):
     assert resolve_source(str(good)) == good
@@ -337,14 +375,17 @@ def network(monkeypatch, tmp_path, good) -> list[str]:
     return downloads
 
 
-@pytest.mark.parametrize("source", (
-    "https://example.org/a.pth",
-    "http://example.org/a.pth#sha256=" + 64 * "0",
-    "ftp://example.org/a.pth#sha256=" + 64 * "0",
-    "https://example.org/a.pth#sha256=123",
-    "https://example.org/a.pth#sha256=" + 64 * "x",
-    "https://example.org/a-" + 64 * "0" + ".pth",
-))
+@pytest.mark.parametrize(
+    "source",
+    (
+        "https://example.org/a.pth",
+        "http://example.org/a.pth#sha256=" + 64 * "0",
+        "ftp://example.org/a.pth#sha256=" + 64 * "0",
+        "https://example.org/a.pth#sha256=123",
+        "https://example.org/a.pth#sha256=" + 64 * "x",
+        "https://example.org/a-" + 64 * "0" + ".pth",
+    ),
+)
 def test_network_source_needs_https_and_checksum(network, source):
     with pytest.raises(ValueError, match="needs https and its checksum"):
         resolve_source(source)

@@ -26,12 +26,24 @@ def stopped(capsys, *argv: str) -> str:
 
 
 CASES = [
-    ("--batch-size", "128", 128), ("--data-path", "some/where", "some/where"), ("--dataset", "cifar10", "CIFAR10"),
-    ("--zip", None, True), ("--cache-mode", "full", "full"), ("--num-workers", "-1", -1),
-    ("--pretrained", "w.pth", "w.pth"), ("--resume", "c.pth", "c.pth"), ("--epochs", "50", 50),
-    ("--accumulation-steps", "4", 4), ("--use-checkpoint", None, True), ("--amp", "bf16", "bf16"),
-    ("--amp-opt-level", "O1", "O1"), ("--seed", "0", 0), ("--output", "out", "out"), ("--tag", "t", "t"),
-    ("--eval", None, True), ("--throughput", None, True),
+    ("--batch-size", "128", 128),
+    ("--data-path", "some/where", "some/where"),
+    ("--dataset", "cifar10", "CIFAR10"),
+    ("--zip", None, True),
+    ("--cache-mode", "full", "full"),
+    ("--num-workers", "-1", -1),
+    ("--pretrained", "w.pth", "w.pth"),
+    ("--resume", "c.pth", "c.pth"),
+    ("--epochs", "50", 50),
+    ("--accumulation-steps", "4", 4),
+    ("--use-checkpoint", None, True),
+    ("--amp", "bf16", "bf16"),
+    ("--amp-opt-level", "O1", "O1"),
+    ("--seed", "0", 0),
+    ("--output", "out", "out"),
+    ("--tag", "t", "t"),
+    ("--eval", None, True),
+    ("--throughput", None, True),
 ]
 
 
@@ -90,19 +102,25 @@ def test_an_evaluation_program_needs_no_eval_flag(cfg):
     assert (config.EVAL_MODE, config.DATA.BATCH_SIZE) == (True, 33)
 
 
-@pytest.mark.parametrize(("words", "parts"), [
-    (["--batch-sze", "64"], ["--batch-sze", "did you mean --batch-size?"]),
-    (["--epoch", "64"], ["--epoch", "did you mean --epochs?"]),  # no silent abbreviations
-    (["--lokal_rank=1"], ["--lokal_rank=1", "did you mean --local"]),
-    (["stray"], ["unknown: stray"]),
-    (["--weights", "best"], ["--weights", "model", "ema"]),
-    (["--allow-change", "TRAIN.BASELR"], ["TRAIN.BASELR", "did you mean TRAIN.BASE_LR?"]),
-    (["--opts", "SEED"], ["SEED has no value"]),
-    (["--opts", "TRAIN.EPOHCS", "3"], ["unknown key TRAIN.EPOHCS", "did you mean TRAIN.EPOCHS?"]),
-    (["--epochs", "ten", "--batch-size", "0"], ["2 problems", "'ten' is not a whole number", "DATA.BATCH_SIZE is 0"]),
-    (["--amp-opt-level", "O1", "--amp", "bf16"], ["AMP_OPT_LEVEL is O1", "TRAIN.AMP is bf16"]),
-    (["--resume", "a.pth", "--pretrained", "b.pth"], ["--resume", "--pretrained", "give one of them"]),
-])
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--batch-sze", "64"], ["--batch-sze", "did you mean --batch-size?"]),
+        (["--epoch", "64"], ["--epoch", "did you mean --epochs?"]),  # no silent abbreviations
+        (["--lokal_rank=1"], ["--lokal_rank=1", "did you mean --local"]),
+        (["stray"], ["unknown: stray"]),
+        (["--weights", "best"], ["--weights", "model", "ema"]),
+        (["--allow-change", "TRAIN.BASELR"], ["TRAIN.BASELR", "did you mean TRAIN.BASE_LR?"]),
+        (["--opts", "SEED"], ["SEED has no value"]),
+        (["--opts", "TRAIN.EPOHCS", "3"], ["unknown key TRAIN.EPOHCS", "did you mean TRAIN.EPOCHS?"]),
+        (
+            ["--epochs", "ten", "--batch-size", "0"],
+            ["2 problems", "'ten' is not a whole number", "DATA.BATCH_SIZE is 0"],
+        ),
+        (["--amp-opt-level", "O1", "--amp", "bf16"], ["AMP_OPT_LEVEL is O1", "TRAIN.AMP is bf16"]),
+        (["--resume", "a.pth", "--pretrained", "b.pth"], ["--resume", "--pretrained", "give one of them"]),
+    ],
+)
 def test_mistakes_are_named(cfg, capsys, words, parts):
     message = stopped(capsys, "--cfg", cfg, *words)
     assert all(part in message for part in parts), message

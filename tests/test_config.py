@@ -23,21 +23,63 @@ from utils.config_recipe import NEUTRAL_KEYS, RESULT_KEYS, WITHOUT_EFFECT
 
 # The published defaults, written out a second time on purpose: a changed default must be a decision.
 PUBLISHED = {
-    "DATA.BATCH_SIZE": 64, "DATA.DATA_PATH": "", "DATA.DATASET": "imagenet", "DATA.IMG_SIZE": 224,
-    "DATA.INTERPOLATION": "bicubic", "DATA.ZIP_MODE": False, "DATA.CACHE_MODE": "part", "DATA.PIN_MEMORY": True,
-    "MODEL.TYPE": "strip_mlp_layer", "MODEL.PRETRAINED": "", "MODEL.RESUME": "", "MODEL.NUM_CLASSES": 1000,
-    "MODEL.DROP": False, "MODEL.DROP_RATE": 0.2, "MODEL.DROP_PATH_RATE": 0.1, "MODEL.ALPHA": 3,
-    "MODEL.PATCH_NORM": True, "MODEL.LABEL_SMOOTHING": 0.1, "MODEL.STRIP_MLP.PATCH_SIZE": 4,
-    "MODEL.STRIP_MLP.IN_CHANS": 3, "TRAIN.EPOCHS": 300, "TRAIN.WARMUP_EPOCHS": 20, "TRAIN.WEIGHT_DECAY": 0.05,
-    "TRAIN.BASE_LR": 5e-4, "TRAIN.WARMUP_LR": 5e-7, "TRAIN.MIN_LR": 5e-6, "TRAIN.CLIP_GRAD": 5.0,
-    "TRAIN.AUTO_RESUME": True, "TRAIN.ACCUMULATION_STEPS": 0, "TRAIN.USE_CHECKPOINT": False,
-    "TRAIN.LR_SCHEDULER.NAME": "cosine", "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": 30, "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.1,
-    "TRAIN.OPTIMIZER.NAME": "adamw", "TRAIN.OPTIMIZER.EPS": 1e-8, "TRAIN.OPTIMIZER.BETAS": (0.9, 0.999),
-    "TRAIN.OPTIMIZER.MOMENTUM": 0.9, "AUG.COLOR_JITTER": 0.4, "AUG.AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
-    "AUG.REPROB": 0.25, "AUG.REMODE": "pixel", "AUG.RECOUNT": 1, "AUG.MIXUP": 0.8, "AUG.CUTMIX": 1.0,
-    "AUG.CUTMIX_MINMAX": None, "AUG.MIXUP_PROB": 1.0, "AUG.MIXUP_SWITCH_PROB": 0.5, "AUG.MIXUP_MODE": "batch",
-    "TEST.CROP": True, "AMP_OPT_LEVEL": "", "OUTPUT": "", "TAG": "default", "SAVE_FREQ": 20, "PRINT_FREQ": 100,
-    "SEED": 0, "EVAL_MODE": False, "THROUGHPUT_MODE": False,
+    "DATA.BATCH_SIZE": 64,
+    "DATA.DATA_PATH": "",
+    "DATA.DATASET": "imagenet",
+    "DATA.IMG_SIZE": 224,
+    "DATA.INTERPOLATION": "bicubic",
+    "DATA.ZIP_MODE": False,
+    "DATA.CACHE_MODE": "part",
+    "DATA.PIN_MEMORY": True,
+    "MODEL.TYPE": "strip_mlp_layer",
+    "MODEL.PRETRAINED": "",
+    "MODEL.RESUME": "",
+    "MODEL.NUM_CLASSES": 1000,
+    "MODEL.DROP": False,
+    "MODEL.DROP_RATE": 0.2,
+    "MODEL.DROP_PATH_RATE": 0.1,
+    "MODEL.ALPHA": 3,
+    "MODEL.PATCH_NORM": True,
+    "MODEL.LABEL_SMOOTHING": 0.1,
+    "MODEL.STRIP_MLP.PATCH_SIZE": 4,
+    "MODEL.STRIP_MLP.IN_CHANS": 3,
+    "TRAIN.EPOCHS": 300,
+    "TRAIN.WARMUP_EPOCHS": 20,
+    "TRAIN.WEIGHT_DECAY": 0.05,
+    "TRAIN.BASE_LR": 5e-4,
+    "TRAIN.WARMUP_LR": 5e-7,
+    "TRAIN.MIN_LR": 5e-6,
+    "TRAIN.CLIP_GRAD": 5.0,
+    "TRAIN.AUTO_RESUME": True,
+    "TRAIN.ACCUMULATION_STEPS": 0,
+    "TRAIN.USE_CHECKPOINT": False,
+    "TRAIN.LR_SCHEDULER.NAME": "cosine",
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": 30,
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.1,
+    "TRAIN.OPTIMIZER.NAME": "adamw",
+    "TRAIN.OPTIMIZER.EPS": 1e-8,
+    "TRAIN.OPTIMIZER.BETAS": (0.9, 0.999),
+    "TRAIN.OPTIMIZER.MOMENTUM": 0.9,
+    "AUG.COLOR_JITTER": 0.4,
+    "AUG.AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
+    "AUG.REPROB": 0.25,
+    "AUG.REMODE": "pixel",
+    "AUG.RECOUNT": 1,
+    "AUG.MIXUP": 0.8,
+    "AUG.CUTMIX": 1.0,
+    "AUG.CUTMIX_MINMAX": None,
+    "AUG.MIXUP_PROB": 1.0,
+    "AUG.MIXUP_SWITCH_PROB": 0.5,
+    "AUG.MIXUP_MODE": "batch",
+    "TEST.CROP": True,
+    "AMP_OPT_LEVEL": "",
+    "OUTPUT": "",
+    "TAG": "default",
+    "SAVE_FREQ": 20,
+    "PRINT_FREQ": 100,
+    "SEED": 0,
+    "EVAL_MODE": False,
+    "THROUGHPUT_MODE": False,
 }
 
 
@@ -72,8 +114,11 @@ def test_defaults_pass_their_own_checks(write):
 
 def test_every_number_has_a_range_and_every_named_key_exists():
     defaults = flatten(default_config())
-    numeric = {key for key, value in defaults.items()
-               if isinstance(value, (int, float, list, tuple)) and not isinstance(value, bool)}
+    numeric = {
+        key
+        for key, value in defaults.items()
+        if isinstance(value, (int, float, list, tuple)) and not isinstance(value, bool)
+    }
     assert numeric | {"AUG.CUTMIX_MINMAX"} == set(RANGES)
     named = {*CHOICES, *NEUTRAL_KEYS, *RESULT_KEYS, *(key for keys, _, _ in WITHOUT_EFFECT for key in keys)}
     assert named <= set(defaults)
@@ -87,12 +132,15 @@ def test_the_data_package_knows_the_same_data_sets():
 
 
 def test_values_take_the_type_of_their_key(write):
-    config = load_config(write(
-        "TRAIN: {AMP: off, BASE_LR: 1e-3, MIN_LR: 0, CLIP_GRAD: 1, OPTIMIZER: {BETAS: [0.9, 0.95]}}\n"
-        "DATA: {CACHE_MODE: no, ZIP_MODE: yes, DATASET: caltech101}\n"
-        "MODEL: {NAME: 007, STRIP_MLP: {LAYERS: '(1, 1, 2, 1)'}}\n"
-        "AUG: {CUTMIX_MINMAX: [0.2, 0.8], AUTO_AUGMENT: null}\n"
-        "TAG: 2026-01-02\n"))
+    config = load_config(
+        write(
+            "TRAIN: {AMP: off, BASE_LR: 1e-3, MIN_LR: 0, CLIP_GRAD: 1, OPTIMIZER: {BETAS: [0.9, 0.95]}}\n"
+            "DATA: {CACHE_MODE: no, ZIP_MODE: yes, DATASET: caltech101}\n"
+            "MODEL: {NAME: 007, STRIP_MLP: {LAYERS: '(1, 1, 2, 1)'}}\n"
+            "AUG: {CUTMIX_MINMAX: [0.2, 0.8], AUTO_AUGMENT: null}\n"
+            "TAG: 2026-01-02\n"
+        )
+    )
     assert (config.TRAIN.AMP, config.DATA.CACHE_MODE, config.DATA.ZIP_MODE) == ("off", "no", True)
     assert (config.TRAIN.BASE_LR, config.TRAIN.MIN_LR, config.TRAIN.CLIP_GRAD) == (1e-3, 0.0, 1.0)
     assert isinstance(config.TRAIN.MIN_LR, float)
@@ -102,11 +150,14 @@ def test_values_take_the_type_of_their_key(write):
     assert (config.MODEL.NAME, config.TAG, config.AUG.AUTO_AUGMENT) == ("007", "2026-01-02", "")
 
 
-@pytest.mark.parametrize(("opts", "expected"), [
-    (["TRAIN.EPOCHS", "50"], 50),
-    (["TRAIN.EPOCHS=50"], 50),
-    (["TRAIN.EPOCHS", "40", "TRAIN.EPOCHS=50"], 50),
-])
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (["TRAIN.EPOCHS", "50"], 50),
+        (["TRAIN.EPOCHS=50"], 50),
+        (["TRAIN.EPOCHS", "40", "TRAIN.EPOCHS=50"], 50),
+    ],
+)
 def test_opts_as_pairs_or_assignments(write, opts, expected):
     assert load_config(write(""), opts).TRAIN.EPOCHS == expected
 
@@ -154,13 +205,21 @@ def test_dump_is_complete_and_loads_again(write):
 def test_all_problems_are_reported_at_once(write):
     path = write(
         "MODEL: {NAEM: x, NUM_CLASSES: 0}\nTRAIN:\n  EPOHCS: 3\n  EPOCHS: 10\nBATCHSIZE: 2\n"
-        "DATA: {IMG_SIZE: 100, BATCH_SIZE: 33, DATASET: cifa10}\nBASE: missing.yaml")
+        "DATA: {IMG_SIZE: 100, BATCH_SIZE: 33, DATASET: cifa10}\nBASE: missing.yaml"
+    )
     found = problems_of(path, ["TRAIN.AMP", "bf15", "SEED"], {"TRAIN.SAVE_KEEP": "1"})
     expected = [
-        ("missing.yaml", "does not exist"), ("--opts", "SEED has no value"), (str(path), "MODEL.NAEM", "MODEL.NAME?"),
-        ("TRAIN.EPOHCS", "TRAIN.EPOCHS?"), ("BATCHSIZE", "BATCH_SIZE?"), ("cifa10", "known: imagenet", "CIFAR10"),
-        ("bf15", "off, bf16, fp16"), ("MODEL.NUM_CLASSES is 0", "[1, inf)"), ("TRAIN.SAVE_KEEP is 1", "[2, inf)"),
-        ("DATA.IMG_SIZE is 100", "96 or 128"), ("TRAIN.EPOCHS is 10", "TRAIN.WARMUP_EPOCHS, which is 20", str(path)),
+        ("missing.yaml", "does not exist"),
+        ("--opts", "SEED has no value"),
+        (str(path), "MODEL.NAEM", "MODEL.NAME?"),
+        ("TRAIN.EPOHCS", "TRAIN.EPOCHS?"),
+        ("BATCHSIZE", "BATCH_SIZE?"),
+        ("cifa10", "known: imagenet", "CIFAR10"),
+        ("bf15", "off, bf16, fp16"),
+        ("MODEL.NUM_CLASSES is 0", "[1, inf)"),
+        ("TRAIN.SAVE_KEEP is 1", "[2, inf)"),
+        ("DATA.IMG_SIZE is 100", "96 or 128"),
+        ("TRAIN.EPOCHS is 10", "TRAIN.WARMUP_EPOCHS, which is 20", str(path)),
         ("DATA.BATCH_SIZE is 33", "even"),
     ]
     for parts in expected:
@@ -168,35 +227,38 @@ def test_all_problems_are_reported_at_once(write):
     assert len(found) == len(expected)
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("TRAIN: {EPOCHS: ten}", ["TRAIN.EPOCHS", "'ten' is not a whole number"]),
-    ("TRAIN: {EPOCHS: 30.5}", ["not a whole number"]),
-    ("TRAIN: {BASE_LR: fast}", ["TRAIN.BASE_LR", "not a number"]),
-    ("TRAIN: {BASE_LR: nan}", ["TRAIN.BASE_LR is nan", "(0, inf)"]),
-    ("TRAIN: {BASE_LR: .inf}", ["not a number"]),
-    ("TRAIN: {BASE_LR: 1e-6}", ["TRAIN.MIN_LR", "larger than TRAIN.BASE_LR"]),
-    ("TRAIN: {COMPILE: maybe}", ["not true or false"]),
-    ("TRAIN: {OPTIMIZER: {BETAS: [0.9]}}", ["1 entries instead of 2"]),
-    ("TRAIN: {OPTIMIZER: adamw}", ["TRAIN.OPTIMIZER is a section", "TRAIN.OPTIMIZER.NAME"]),
-    ("TRAIN: {START_EPOCH: 3}", ["TRAIN.START_EPOCH is no key here", "--resume"]),
-    ("MODEL: {NAME: {a: b}}", ["MODEL.NAME", "is not text"]),
-    ("MODEL: {STRIP_MLP: {LAYERS: 2}}", ["1 entries instead of 4"]),
-    ("MODEL: {STRIP_MLP: {EMBED_DIM: 30}}", ["MODEL.STRIP_MLP.EMBED_DIM is 30", "multiple of 8"]),
-    ("MODEL: {TYPE: timm}", ["MODEL.TIMM_NAME"]),
-    ("MODEL: {RESUME: a.pth, PRETRAINED: b.pth}", ["give one of them"]),
-    ("TAG: ../elsewhere", ["TAG is '../elsewhere'", "folder"]),
-    ("DATA: {ZIP_MODE: true, DATASET: CIFAR10}", ["DATA.ZIP_MODE", "CIFAR10"]),
-    ("DATA: {FAST_RESIZE: true, PIPELINE: reference}", ["DATA.FAST_RESIZE needs DATA.PIPELINE fast", "reference"]),
-    ("DATA: {FAST_RESIZE: true, INTERPOLATION: lanczos}", ["bicubic or bilinear", "lanczos"]),
-    ("DATA: {VAL_CACHE: folder, PIPELINE: reference}", ["DATA.VAL_CACHE", "take fast"]),
-    ("AUG: {SCALE: [0.9, 0.1]}", ["AUG.SCALE", "larger than the second"]),
-    ("AUG: {AUTO_AUGMENT: randm9}", []),
-    ("AUG: {AUTO_AUGMENT: auto}", ["AUG.AUTO_AUGMENT is 'auto'", "rand"]),
-    ("SEED: 1\nSEED: 2", ["given twice: SEED in line 2"]),
-    ("- a\n- b", ["sections"]),
-    ("TRAIN: [", ["cannot be read as YAML"]),
-    ("TRAIN: &a {LR_SCHEDULER: *a}", ["unknown key TRAIN.LR_SCHEDULER.LR_SCHEDULER"]),
-])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("TRAIN: {EPOCHS: ten}", ["TRAIN.EPOCHS", "'ten' is not a whole number"]),
+        ("TRAIN: {EPOCHS: 30.5}", ["not a whole number"]),
+        ("TRAIN: {BASE_LR: fast}", ["TRAIN.BASE_LR", "not a number"]),
+        ("TRAIN: {BASE_LR: nan}", ["TRAIN.BASE_LR is nan", "(0, inf)"]),
+        ("TRAIN: {BASE_LR: .inf}", ["not a number"]),
+        ("TRAIN: {BASE_LR: 1e-6}", ["TRAIN.MIN_LR", "larger than TRAIN.BASE_LR"]),
+        ("TRAIN: {COMPILE: maybe}", ["not true or false"]),
+        ("TRAIN: {OPTIMIZER: {BETAS: [0.9]}}", ["1 entries instead of 2"]),
+        ("TRAIN: {OPTIMIZER: adamw}", ["TRAIN.OPTIMIZER is a section", "TRAIN.OPTIMIZER.NAME"]),
+        ("TRAIN: {START_EPOCH: 3}", ["TRAIN.START_EPOCH is no key here", "--resume"]),
+        ("MODEL: {NAME: {a: b}}", ["MODEL.NAME", "is not text"]),
+        ("MODEL: {STRIP_MLP: {LAYERS: 2}}", ["1 entries instead of 4"]),
+        ("MODEL: {STRIP_MLP: {EMBED_DIM: 30}}", ["MODEL.STRIP_MLP.EMBED_DIM is 30", "multiple of 8"]),
+        ("MODEL: {TYPE: timm}", ["MODEL.TIMM_NAME"]),
+        ("MODEL: {RESUME: a.pth, PRETRAINED: b.pth}", ["give one of them"]),
+        ("TAG: ../elsewhere", ["TAG is '../elsewhere'", "folder"]),
+        ("DATA: {ZIP_MODE: true, DATASET: CIFAR10}", ["DATA.ZIP_MODE", "CIFAR10"]),
+        ("DATA: {FAST_RESIZE: true, PIPELINE: reference}", ["DATA.FAST_RESIZE needs DATA.PIPELINE fast", "reference"]),
+        ("DATA: {FAST_RESIZE: true, INTERPOLATION: lanczos}", ["bicubic or bilinear", "lanczos"]),
+        ("DATA: {VAL_CACHE: folder, PIPELINE: reference}", ["DATA.VAL_CACHE", "take fast"]),
+        ("AUG: {SCALE: [0.9, 0.1]}", ["AUG.SCALE", "larger than the second"]),
+        ("AUG: {AUTO_AUGMENT: randm9}", []),
+        ("AUG: {AUTO_AUGMENT: auto}", ["AUG.AUTO_AUGMENT is 'auto'", "rand"]),
+        ("SEED: 1\nSEED: 2", ["given twice: SEED in line 2"]),
+        ("- a\n- b", ["sections"]),
+        ("TRAIN: [", ["cannot be read as YAML"]),
+        ("TRAIN: &a {LR_SCHEDULER: *a}", ["unknown key TRAIN.LR_SCHEDULER.LR_SCHEDULER"]),
+    ],
+)
 def test_one_problem(write, text, parts):
     path = write(text)
     if not parts:
@@ -219,11 +281,14 @@ def test_missing_file_names_the_nearest(write):
         load_config(write("", "other.yaml").parent / "smlp_tinny.yaml")
 
 
-@pytest.mark.parametrize("text", [
-    "BASE: evil.py",
-    "SEED: !!python/object/apply:os.mkdir [CANARY]",
-    "SEED: !!python/name:os.system",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "BASE: evil.py",
+        "SEED: !!python/object/apply:os.mkdir [CANARY]",
+        "SEED: !!python/name:os.system",
+    ],
+)
 def test_a_config_never_runs_python(write, tmp_path, text):
     canary = tmp_path / "canary"
     write(f"import os\nos.mkdir({str(canary)!r})\ncfg = {{}}\n", "evil.py")
@@ -287,18 +352,24 @@ def test_notices_name_changed_keys_without_effect(write):
 
 def test_the_published_run_deviates_in_nothing(write):
     assert recipe_deviations(default_config()) == {}
-    config = load_config(write(
-        "DATA: {DATASET: CIFAR100, DATA_PATH: d, BATCH_SIZE: 128, NUM_WORKERS: 3}\nOUTPUT: o\nTAG: t\n"
-        "MODEL: {NAME: n, NUM_CLASSES: 100, STRIP_MLP: {EMBED_DIM: 112, LAYERS: [2, 2, 18, 2]}}\n"
-        "TRAIN: {ACCUMULATION_STEPS: 1, SAVE_KEEP: 5, OPTIMIZER: {MOMENTUM: 0.5}}"))
+    config = load_config(
+        write(
+            "DATA: {DATASET: CIFAR100, DATA_PATH: d, BATCH_SIZE: 128, NUM_WORKERS: 3}\nOUTPUT: o\nTAG: t\n"
+            "MODEL: {NAME: n, NUM_CLASSES: 100, STRIP_MLP: {EMBED_DIM: 112, LAYERS: [2, 2, 18, 2]}}\n"
+            "TRAIN: {ACCUMULATION_STEPS: 1, SAVE_KEEP: 5, OPTIMIZER: {MOMENTUM: 0.5}}"
+        )
+    )
     assert recipe_deviations(config) == {}
 
 
 def test_deviations_are_listed_in_the_order_of_the_tree(write):
-    config = load_config(write(
-        "SEED: 1\nTEST: {CROP: false}\nTRAIN: {BASE_LR: 1e-3, EMA_DECAY: 0.999}\n"
-        "MODEL: {NUM_CLASSES: 10, PRETRAINED: w.pth, STRIP_MLP: {EMBED_DIM: 80, LAYERS: [2, 2, 18, 2]}}\n"
-        "DATA: {BATCH_SIZE: 32, DATASET: digits}"))
+    config = load_config(
+        write(
+            "SEED: 1\nTEST: {CROP: false}\nTRAIN: {BASE_LR: 1e-3, EMA_DECAY: 0.999}\n"
+            "MODEL: {NUM_CLASSES: 10, PRETRAINED: w.pth, STRIP_MLP: {EMBED_DIM: 80, LAYERS: [2, 2, 18, 2]}}\n"
+            "DATA: {BATCH_SIZE: 32, DATASET: digits}"
+        )
+    )
     assert recipe_deviations(config) == {
         "DATA.BATCH_SIZE": (64, 32),
         "DATA.DATASET": ("imagenet, imagenet-1k, 101_ObjectCategories, caltech101, CIFAR10, CIFAR100", "digits"),

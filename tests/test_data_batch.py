@@ -61,8 +61,16 @@ def test_mixup_is_timms(mode):
     config = make_config(AUG__MIXUP_MODE=mode, AUG__REPROB=0.0)
     mixed, soft = transform(AUG__MIXUP_MODE=mode, AUG__REPROB=0.0, rank=1)(images, targets, indices, epoch=2, update=5)
     aug = config.AUG
-    reference = Mixup(aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX, aug.MIXUP_PROB, aug.MIXUP_SWITCH_PROB, mode,
-                      label_smoothing=config.MODEL.LABEL_SMOOTHING, num_classes=3)
+    reference = Mixup(
+        aug.MIXUP,
+        aug.CUTMIX,
+        aug.CUTMIX_MINMAX,
+        aug.MIXUP_PROB,
+        aug.MIXUP_SWITCH_PROB,
+        mode,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=3,
+    )
     with seeded_streams(config.SEED, 1, 2, 5, 0):
         expected, expected_soft = reference(plain.clone(), targets)
     assert torch.equal(mixed, expected)

@@ -109,16 +109,19 @@ HALF = KINDS["4:2:0"][: len(KINDS["4:2:0"]) // 2]
 
 
 @pytest.mark.parametrize("as_array", (True, False))
-@pytest.mark.parametrize(("data", "reason"), (
-    (b"", "empty"),
-    (HALF, "truncated"),
-    (KINDS["4:2:0"][:-2], "truncated"),
-    (KINDS["4:2:0"][:200], "runcated"),
-    (KINDS["PNG"][:-30], "truncated"),
-    (KINDS["PNG"][:70] + b"\0" * 40 + KINDS["PNG"][110:], "."),
-    (b"<html>not found</html>", "not an image"),
-    (b"\xff\xd8" + b"junk" * 50, "."),
-))
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    (
+        (b"", "empty"),
+        (HALF, "truncated"),
+        (KINDS["4:2:0"][:-2], "truncated"),
+        (KINDS["4:2:0"][:200], "runcated"),
+        (KINDS["PNG"][:-30], "truncated"),
+        (KINDS["PNG"][:70] + b"\0" * 40 + KINDS["PNG"][110:], "."),
+        (b"<html>not found</html>", "not an image"),
+        (b"\xff\xd8" + b"junk" * 50, "."),
+    ),
+)
 def test_broken_files_are_errors(data, reason, as_array):
     with pytest.raises(ImageReadError, match=reason):
         decode_image(data, as_array=as_array)

@@ -49,11 +49,14 @@ def test_registry_has_the_names_that_the_configuration_knows():
     assert set(DATASETS) == set(CONFIG_DATASETS)
 
 
-@pytest.mark.parametrize(("make", "message"), (
-    (lambda root: None, "no folder"),
-    (lambda root: (root / "train").mkdir(), "no class folders"),
-    (lambda root: (root / "train" / "cat").mkdir(parents=True), "1 class folders but no image"),
-))
+@pytest.mark.parametrize(
+    ("make", "message"),
+    (
+        (lambda root: None, "no folder"),
+        (lambda root: (root / "train").mkdir(), "no class folders"),
+        (lambda root: (root / "train" / "cat").mkdir(parents=True), "1 class folders but no image"),
+    ),
+)
 def test_missing_folders_are_named(tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(FileNotFoundError, match=message) as info:

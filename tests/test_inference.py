@@ -108,8 +108,15 @@ def test_onnx_with_any_batch(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     form, path = golden_model("nano32").to_inference(), tmp_path / "strip_mlp.onnx"
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.onnx.export(form, (images("nano32", 2),), dynamo=True, verbose=False, input_names=["images"],
-                                output_names=["scores"], dynamic_shapes=({0: batch},))
+    program = torch.onnx.export(
+        form,
+        (images("nano32", 2),),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["scores"],
+        dynamic_shapes=({0: batch},),
+    )
     program.save(path)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for size in ONNX_BATCHES:

@@ -49,14 +49,24 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-@pytest.mark.parametrize(("end", "code"), (
-    ("raise RuntimeError('boom')", 1), ("os.kill(os.getpid(), 9)", -9),
-))
+@pytest.mark.parametrize(
+    ("end", "code"),
+    (
+        ("raise RuntimeError('boom')", 1),
+        ("os.kill(os.getpid(), 9)", -9),
+    ),
+)
 def test_workers_end_with_their_process(end, code):
     """An exception keeps the loader alive until the exit, whose clean-up must not wait for workers that ignore it."""
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT.format(end=end)], cwd=ROOT, timeout=100,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT.format(end=end)],
+        cwd=ROOT,
+        timeout=100,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == code, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
@@ -93,9 +103,15 @@ def test_workers_of_every_start_method_give_the_same_batches(tmp_path):
     dataset = build_dataset(make_config(**keys), is_train=True)
     batches = []
     for method in (None, "spawn"):
-        loader = DataLoader(dataset, sampler=[(0, 1), (0, 2), (1, 3), (1, 4)], batch_size=2, collate_fn=collate,
-                            num_workers=1 if method else 0, multiprocessing_context=method,
-                            worker_init_fn=WorkerInit(1) if method else None)
+        loader = DataLoader(
+            dataset,
+            sampler=[(0, 1), (0, 2), (1, 3), (1, 4)],
+            batch_size=2,
+            collate_fn=collate,
+            num_workers=1 if method else 0,
+            multiprocessing_context=method,
+            worker_init_fn=WorkerInit(1) if method else None,
+        )
         batches.append(list(loader))
     assert all(torch.equal(a, b) for one, two in zip(*batches, strict=True) for a, b in zip(one, two, strict=True))
 

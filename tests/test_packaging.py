@@ -19,10 +19,18 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LEAVES = [path for path in CONFIGS if path.parent.name == "configs"]
 PUBLISHED_LEAVES = [path for path in LEAVES if path.stem.startswith("smlp_")]
 
-VARIANTS = {"tiny_light": (80, [2, 2, 6, 2]), "tiny": (80, [2, 2, 12, 2]), "small": (96, [2, 2, 18, 2]),
-            "base": (112, [2, 2, 18, 2])}
-DATASETS = {"imagenet1k": ("imagenet-1k", 1000), "cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100),
-            "caltech101": ("101_ObjectCategories", 101)}
+VARIANTS = {
+    "tiny_light": (80, [2, 2, 6, 2]),
+    "tiny": (80, [2, 2, 12, 2]),
+    "small": (96, [2, 2, 18, 2]),
+    "base": (112, [2, 2, 18, 2]),
+}
+DATASETS = {
+    "imagenet1k": ("imagenet-1k", 1000),
+    "cifar10": ("CIFAR10", 10),
+    "cifar100": ("CIFAR100", 100),
+    "caltech101": ("101_ObjectCategories", 101),
+}
 
 
 def requirements(name: str) -> dict[str, str]:
@@ -125,20 +133,38 @@ def test_pytest_leaves_the_long_fault_tests_out():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize(("target", "parts"), [
-    ("help", ["make quickstart", "make test", "make lint", "make faults", "make clean"]),
-    ("quickstart", ["-r requirements.txt", "main.py --cfg configs/quickstart_digits.yaml", "main_eval.py",
-                    "checkpoint_best.pth", "curves.png"]),
-    ("test", ["-c constraints.txt", "requirements-extra.txt", "ruff check", "-m pytest"]),
-    ("faults", ["tests/faults"]),
-])
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("help", ["make quickstart", "make test", "make lint", "make faults", "make clean"]),
+        (
+            "quickstart",
+            [
+                "-r requirements.txt",
+                "main.py --cfg configs/quickstart_digits.yaml",
+                "main_eval.py",
+                "checkpoint_best.pth",
+                "curves.png",
+            ],
+        ),
+        ("test", ["-c constraints.txt", "requirements-extra.txt", "ruff check", "-m pytest"]),
+        ("faults", ["tests/faults"]),
+    ],
+)
 def test_make_targets(tmp_path, target, parts):
     """What make would run in a copy without an environment, with its order kept under -j."""
     for name in ("Makefile", "requirements.txt", "requirements-extra.txt", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(["make", "-j4", "--dry-run", target], cwd=tmp_path, env=environment, capture_output=True,
-                          text=True, check=True, timeout=60)
+    done = subprocess.run(
+        ["make", "-j4", "--dry-run", target],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     assert all(part in done.stdout for part in parts), done.stdout
 
 

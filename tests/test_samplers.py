@@ -22,8 +22,10 @@ def shares(world_size, *, batch_size=4, seed=7, epoch=0, seen=0, num_samples=SIZ
 
 def global_order(ranks, batch_size=4):
     """The samples in the order in which all ranks together use them, one set for each global batch."""
-    return [{i for share in ranks for i in share[start : start + batch_size]}
-            for start in range(0, len(ranks[0]), batch_size)]
+    return [
+        {i for share in ranks for i in share[start : start + batch_size]}
+        for start in range(0, len(ranks[0]), batch_size)
+    ]
 
 
 @pytest.mark.parametrize("world_size", (1, 2, 3))

@@ -20,8 +20,10 @@ def normalised(pixels: np.ndarray) -> torch.Tensor:
 
 
 def both(is_train: bool, **keys):
-    return [build_transform(make_config(AUG__REPROB=0.0, DATA__PIPELINE=p, **keys), is_train=is_train)
-            for p in ("reference", "fast")]
+    return [
+        build_transform(make_config(AUG__REPROB=0.0, DATA__PIPELINE=p, **keys), is_train=is_train)
+        for p in ("reference", "fast")
+    ]
 
 
 @pytest.mark.parametrize("size", (32, 40, 224))
@@ -41,11 +43,17 @@ def test_fast_training_pixels_equal_the_reference(size, as_array):
         assert torch.equal(normalised(pixels), expected)
 
 
-@pytest.mark.parametrize("keys", (
-    {"DATA__IMG_SIZE": 32}, {"DATA__IMG_SIZE": 40}, {"DATA__IMG_SIZE": 224},
-    {"DATA__IMG_SIZE": 96, "TEST__CROP": False},
-    {"DATA__IMG_SIZE": 64, "DATA__INTERPOLATION": "bilinear"}, {"DATA__IMG_SIZE": 64, "DATA__INTERPOLATION": "lanczos"},
-))
+@pytest.mark.parametrize(
+    "keys",
+    (
+        {"DATA__IMG_SIZE": 32},
+        {"DATA__IMG_SIZE": 40},
+        {"DATA__IMG_SIZE": 224},
+        {"DATA__IMG_SIZE": 96, "TEST__CROP": False},
+        {"DATA__IMG_SIZE": 64, "DATA__INTERPOLATION": "bilinear"},
+        {"DATA__IMG_SIZE": 64, "DATA__INTERPOLATION": "lanczos"},
+    ),
+)
 def test_fast_evaluation_pixels_equal_the_reference(keys):
     reference, fast = both(False, **keys)
     for number, size in enumerate((*SIZES, (300, 224), (256, 256), (7, 5), (257, 391), (32, 32))):

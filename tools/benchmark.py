@@ -61,8 +61,15 @@ def run_models(args: argparse.Namespace, report: Report) -> None:
         for mode in args.mode:
             for batch in args.batch:
                 setting = Setting(mode, batch, args.img_size, args.device, args.channels_last)
-                table = model_table(candidates, baselines, setting, stopwatch=Stopwatch(args.device, args.clock),
-                                    rounds=args.rounds, min_seconds=args.min_seconds, memory=args.memory)
+                table = model_table(
+                    candidates,
+                    baselines,
+                    setting,
+                    stopwatch=Stopwatch(args.device, args.clock),
+                    rounds=args.rounds,
+                    min_seconds=args.min_seconds,
+                    memory=args.memory,
+                )
                 report.add(table)
                 if args.plot is not None:
                     _plot(table, [*candidates, *baselines], setting, args.plot, report)
@@ -86,8 +93,9 @@ def run_loader(args: argparse.Namespace, report: Report) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for train in (True, False):
-            configs = pipeline_configs(args.data_path, train=train, batch=args.batch, workers=args.workers,
-                                       folder=Path(folder), cfg=args.cfg)
+            configs = pipeline_configs(
+                args.data_path, train=train, batch=args.batch, workers=args.workers, folder=Path(folder), cfg=args.cfg
+            )
             report.add(loader_table(configs, train=train, rounds=args.rounds, device=args.device))
             report.add(stage_table(configs, train=train, images=args.images))
 
@@ -108,8 +116,16 @@ def run_gpu(args: argparse.Namespace, report: Report) -> None:
     """All GPU tables."""
     if args.device.type != "cuda":
         raise ValueError("no GPU is visible; on a CPU use: tools/benchmark.py model")
-    gpu_tables(args.device, variants=args.variants, baselines=args.vs, precisions=args.precision, batches=args.batch,
-               rounds=args.rounds, compiled=not args.no_compile, finished=report.add)
+    gpu_tables(
+        args.device,
+        variants=args.variants,
+        baselines=args.vs,
+        precisions=args.precision,
+        batches=args.batch,
+        rounds=args.rounds,
+        compiled=not args.no_compile,
+        finished=report.add,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -55,8 +55,11 @@ class FirstNonFinite:
     """Watches the outputs of all innermost modules and remembers the first one that is not finite."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._handles = [module.register_forward_hook(self._look(name)) for name, module in model.named_modules()
-                         if not any(module.children())]
+        self._handles = [
+            module.register_forward_hook(self._look(name))
+            for name, module in model.named_modules()
+            if not any(module.children())
+        ]
         self.found = ""
 
     def __enter__(self) -> "FirstNonFinite":
@@ -97,8 +100,10 @@ class Replay:
             raise CheckpointError(f"{path} is a checkpoint, not the dump of an update (nonfinite_step_N.pth)")
         self.config = _config(self.payload["config"], data_path)
         if self.config.TRAIN.SYNC_BN and len(self.records) > 1:
-            raise ValueError("TRAIN.SYNC_BN was on: the processes' shares depend on each other and cannot be repeated "
-                             "one after another")
+            raise ValueError(
+                "TRAIN.SYNC_BN was on: the processes' shares depend on each other and cannot be repeated "
+                "one after another"
+            )
         self.device = torch.device(device)
         self.dataset = build_dataset(self.config, is_train=True)
         self.model = build_model(self.config).to(self.device)
@@ -188,8 +193,10 @@ def report(replay: Replay, shares: list[Share], norm: float, *, shown: int) -> b
     """Print what happened; return whether the update was repeated."""
     records, first = replay.records, replay.records[0]
     images = sum(len(share.samples) for share in shares)
-    print(f"update {first['step']} (epoch {first['epoch'] + 1}): {len(records)} process(es), {images} images, "
-          f"{replay.precision.description}")
+    print(
+        f"update {first['step']} (epoch {first['epoch'] + 1}): {len(records)} process(es), {images} images, "
+        f"{replay.precision.description}"
+    )
     repeated = True
     for rank, (record, share) in enumerate(zip(records, shares, strict=True)):
         verdict, same = compare(record["loss"], share.loss)
@@ -223,8 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Repeat the update at which a run gave up.")
     parser.add_argument("dump", type=Path, help="nonfinite_step_N.pth in the run's output folder")
     parser.add_argument("--data-path", help="where the data are now (default: where the run read them)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="default: %(default)s; only the run's kind of device repeats it to the last bit")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s; only the run's kind of device repeats it to the last bit",
+    )
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="samples to name for each process")
     args = parser.parse_args(argv)
     try:

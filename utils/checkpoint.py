@@ -24,8 +24,17 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 # Entries of a training state that are read, and their types: a file that lacks one is refused by name.
-_ENTRIES = {"model": dict, "ema": (dict, type(None)), "optimizer": dict, "scaler": dict, "guard": dict,
-            "progress": dict, "rank_state": list, "world_size": int, "config": str}
+_ENTRIES = {
+    "model": dict,
+    "ema": (dict, type(None)),
+    "optimizer": dict,
+    "scaler": dict,
+    "guard": dict,
+    "progress": dict,
+    "rank_state": list,
+    "world_size": int,
+    "config": str,
+}
 
 
 @dataclass
@@ -82,8 +91,11 @@ def capture(state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
     rank_state = gather_objects(own)
     with averaged_batchnorm(state.model, ema):
         model_state = {k: v.detach().clone() if "running_" in k else v for k, v in state.model.state_dict().items()}
-        ema_state = None if ema is None else \
-            {k: v.detach().clone() if "running_" in k else v for k, v in ema.state_dict().items()}
+        ema_state = (
+            None
+            if ema is None
+            else {k: v.detach().clone() if "running_" in k else v for k, v in ema.state_dict().items()}
+        )
     return {
         "format_version": FORMAT_VERSION,
         "model": model_state,
@@ -125,8 +137,13 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
     state.progress = Progress(**payload["progress"])
     then, now = payload.get("versions", {}), versions(state)
     for name in sorted(name for name in then.keys() & now.keys() if then[name] != now[name]):
-        logger.warning("%s was saved with %s %s, this is %s: the continuation is not exact to the last bit", path, name,
-                       then[name], now[name])
+        logger.warning(
+            "%s was saved with %s %s, this is %s: the continuation is not exact to the last bit",
+            path,
+            name,
+            then[name],
+            now[name],
+        )
     if payload["world_size"] == get_world_size():
         own = payload["rank_state"][get_rank()]
         _copy_into(batchnorm_buffers(state.model), own["buffers"])
@@ -135,9 +152,13 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
         state.means.load(own["means"])
         set_random_state(own["rng"])
     else:
-        logger.warning("%s was saved by %d process(es), this run has %d: BatchNorm statistics start from the average "
-                       "and random streams anew; the samples already seen in this epoch are not repeated",
-                       path, payload["world_size"], get_world_size())
+        logger.warning(
+            "%s was saved by %d process(es), this run has %d: BatchNorm statistics start from the average "
+            "and random streams anew; the samples already seen in this epoch are not repeated",
+            path,
+            payload["world_size"],
+            get_world_size(),
+        )
 
 
 def versions(state: TrainState) -> dict[str, Any]:
@@ -186,11 +207,14 @@ def read_training_state(path: Path) -> dict[str, Any]:
 def _check_format(payload: dict[str, Any], path: Path) -> None:
     version = payload.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path} was not written by this project and cannot be resumed; start from its weights "
-                              "with --pretrained")
+        raise CheckpointError(
+            f"{path} was not written by this project and cannot be resumed; start from its weights with --pretrained"
+        )
     if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}; this code reads up to {FORMAT_VERSION}. "
-                              f"It was written with {payload.get('versions')}: update this project")
+        raise CheckpointError(
+            f"{path} has format version {version}; this code reads up to {FORMAT_VERSION}. "
+            f"It was written with {payload.get('versions')}: update this project"
+        )
     wrong = [name for name, kind in _ENTRIES.items() if not isinstance(payload.get(name), kind) or name not in payload]
     if not wrong:
         wrong = [] if set(payload["progress"]) == {f.name for f in fields(Progress)} else ["progress"]
@@ -202,8 +226,10 @@ def _check_format(payload: dict[str, Any], path: Path) -> None:
 
 def _check_payload(state: TrainState, payload: dict[str, Any], path: Path) -> None:
     if (state.ema is None) != (payload["ema"] is None):
-        raise CheckpointError(f"{path} was saved {'without' if payload['ema'] is None else 'with'} averaged weights; "
-                              "set TRAIN.EMA_DECAY as in that run")
+        raise CheckpointError(
+            f"{path} was saved {'without' if payload['ema'] is None else 'with'} averaged weights; "
+            "set TRAIN.EMA_DECAY as in that run"
+        )
     for live, saved in ((state.model, payload["model"]), (state.ema and state.ema.module, payload["ema"])):
         if live is not None:
             _check_tensors(live.state_dict(), saved, path)
@@ -211,13 +237,19 @@ def _check_payload(state: TrainState, payload: dict[str, Any], path: Path) -> No
 
 
 def _check_tensors(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], path: Path) -> None:
-    wrong = [f"{k}: {list(theirs[k].shape)} in the file, {list(own[k].shape)} here"
-             for k in own if k in theirs and theirs[k].shape != own[k].shape]
+    wrong = [
+        f"{k}: {list(theirs[k].shape)} in the file, {list(own[k].shape)} here"
+        for k in own
+        if k in theirs and theirs[k].shape != own[k].shape
+    ]
     wrong += [f"{k}: only in the file" for k in theirs if k not in own]
     wrong += [f"{k}: not in the file" for k in own if k not in theirs]
     if wrong:
-        raise CheckpointError(f"{path} is of another model ({len(wrong)} entries differ): " + "; ".join(wrong[:5])
-                              + ". To start from its weights use --pretrained")
+        raise CheckpointError(
+            f"{path} is of another model ({len(wrong)} entries differ): "
+            + "; ".join(wrong[:5])
+            + ". To start from its weights use --pretrained"
+        )
     bad = first_nonfinite(theirs)
     if bad is not None:
         raise CheckpointError(f"{path}: the entry {bad!r} has infinite or undefined values")
@@ -233,8 +265,10 @@ def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any], path: Path) ->
     for index, entries in saved["state"].items():
         for name, value in entries.items():
             if torch.is_tensor(value) and value.ndim and value.shape != parameters[index].shape:
-                raise CheckpointError(f"{path}: optimizer state {name} of parameter {index} has shape "
-                                      f"{list(value.shape)}, the parameter {list(parameters[index].shape)}")
+                raise CheckpointError(
+                    f"{path}: optimizer state {name} of parameter {index} has shape "
+                    f"{list(value.shape)}, the parameter {list(parameters[index].shape)}"
+                )
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

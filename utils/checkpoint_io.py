@@ -133,8 +133,9 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu") -> dict[str,
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-                              ) from error
+        raise CheckpointError(
+            f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
     if not isinstance(payload, dict):
         raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint (a dict)")
     return payload
@@ -173,8 +174,10 @@ def resolve_source(source: str) -> Path:
     url, _, digest = source.partition("#sha256=")
     digest = digest.lower()
     if not url.startswith("https://") or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise ValueError(f"{source!r}: a checkpoint from the network needs https and its checksum, "
-                         "as https://host/file.pth#sha256=<64 hex digits>")
+        raise ValueError(
+            f"{source!r}: a checkpoint from the network needs https and its checksum, "
+            "as https://host/file.pth#sha256=<64 hex digits>"
+        )
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}.pth"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,14 +250,17 @@ def _load_safetensors(path: Path, map_location: str) -> dict[str, Any]:
 def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
     """Message for a pickle that needs more than tensors and plain types, without the advice to open it anyway."""
     try:
-        wanted = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-                        - {name for _, name in _ALLOWED_GLOBALS})
+        wanted = sorted(
+            set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {name for _, name in _ALLOWED_GLOBALS}
+        )
     except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
         wanted = []
     wanted = wanted or re.findall(r"(?:GLOBAL|Trying to load unsupported GLOBAL) ([\w.]+)", str(error))[:1]
     if wanted:
-        return (f"{path} was not opened: it asks to import {', '.join(wanted)}, which could run code on this machine. "
-                "Ask its author for a file with tensors only (a state_dict or safetensors)")
+        return (
+            f"{path} was not opened: it asks to import {', '.join(wanted)}, which could run code on this machine. "
+            "Ask its author for a file with tensors only (a state_dict or safetensors)"
+        )
     return f"{path} is damaged or not a checkpoint: it is a pickle that PyTorch's weights-only mode cannot read"
 
 

@@ -55,7 +55,7 @@ class CheckpointStore:
                 write_checkpoint(path, payload)
                 for name in (LAST, *names):
                     link_checkpoint(path, name)
-                for old in self._step_files()[self.keep:]:
+                for old in self._step_files()[self.keep :]:
                     old.unlink()
             except (CheckpointError, OSError) as error:
                 problem = str(error)
@@ -102,8 +102,12 @@ class CheckpointStore:
                 problem = f"cannot set a checkpoint aside: {error}"
             else:
                 if later:
-                    logger.warning("the run goes on from update %d; later files are damaged or of another course and "
-                                   "get the ending .aside: %s", step, ", ".join(path.name for path in later))
+                    logger.warning(
+                        "the run goes on from update %d; later files are damaged or of another course and "
+                        "get the ending .aside: %s",
+                        step,
+                        ", ".join(path.name for path in later),
+                    )
         problem = broadcast_object(problem)
         if problem:
             raise CheckpointError(problem)
@@ -123,7 +127,9 @@ class CheckpointStore:
         if reasons:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} is usable, and starting from zero would hide that:\n"
-                + "\n".join(reasons) + "\n  move them away to start anew, or name a good file with --resume")
+                + "\n".join(reasons)
+                + "\n  move them away to start anew, or name a good file with --resume"
+            )
         return None
 
     def _candidates(self) -> list[Path]:

@@ -39,8 +39,12 @@ FLAGS = (
     Flag("--data-path", "DATA.DATA_PATH", "folder of the data set", "DIR"),
     Flag("--dataset", "DATA.DATASET", f"data set: {', '.join(DATASETS)}", "NAME"),
     Flag("--zip", "DATA.ZIP_MODE", "read train.zip and val.zip instead of folders"),
-    Flag("--cache-mode", "DATA.CACHE_MODE", "with --zip, images kept in memory: none, this process's part, or all",
-         "no|part|full"),
+    Flag(
+        "--cache-mode",
+        "DATA.CACHE_MODE",
+        "with --zip, images kept in memory: none, this process's part, or all",
+        "no|part|full",
+    ),
     Flag("--num-workers", "DATA.NUM_WORKERS", "loader processes per process; -1 = its share of the cores", "N"),
     Flag("--pretrained", "MODEL.PRETRAINED", "checkpoint whose weights start the training", "FILE"),
     Flag("--resume", "MODEL.RESUME", "checkpoint to continue from, or to evaluate", "FILE"),
@@ -48,8 +52,12 @@ FLAGS = (
     Flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", "forward passes per update", "N"),
     Flag("--use-checkpoint", "TRAIN.USE_CHECKPOINT", "recompute activations: less memory, more time"),
     Flag("--amp", "TRAIN.AMP", "mixed precision", "off|bf16|fp16"),
-    Flag("--amp-opt-level", "AMP_OPT_LEVEL", "published name of the precision: O0 = off, O1 and O2 = fp16; "
-         "prefer --amp", "O0|O1|O2"),
+    Flag(
+        "--amp-opt-level",
+        "AMP_OPT_LEVEL",
+        "published name of the precision: O0 = off, O1 and O2 = fp16; prefer --amp",
+        "O0|O1|O2",
+    ),
     Flag("--seed", "SEED", "seed of weights, order and augmentation", "N"),
     Flag("--output", "OUTPUT", "parent folder of all runs; a run writes to OUTPUT/MODEL.NAME/TAG", "DIR"),
     Flag("--tag", "TAG", "name of this run's folder", "NAME"),
@@ -79,17 +87,37 @@ def build_parser(description: str = "") -> argparse.ArgumentParser:
     usage = "%(prog)s --cfg FILE [flags] [--opts KEY VALUE ...]; --help lists the flags"
     parser = _Parser(usage=usage, description=description or None, allow_abbrev=False)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="config file (.yaml)")
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE",
-                        help="set any config key: pairs KEY VALUE or words KEY=VALUE; a flag wins over them")
+    parser.add_argument(
+        "--opts",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY VALUE",
+        help="set any config key: pairs KEY VALUE or words KEY=VALUE; a flag wins over them",
+    )
     for flag in FLAGS:
         kind = {"metavar": flag.metavar} if flag.metavar else {"action": "store_true", "default": None}
         parser.add_argument(flag.name, dest=flag.dest, help=f"{flag.help} [{flag.key}]", **kind)
-    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
-                        help="on --resume, accept that this key differs from the checkpoint's config; may be repeated")
-    parser.add_argument("--weights", choices=("model", "ema"),
-                        help="evaluate the weights or their moving average (default: the average if the file has one)")
-    parser.add_argument("--local_rank", "--local-rank", dest="local_rank", type=int, metavar="N",
-                        help="accepted because launchers pass it; the environment variable LOCAL_RANK is what counts")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="on --resume, accept that this key differs from the checkpoint's config; may be repeated",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("model", "ema"),
+        help="evaluate the weights or their moving average (default: the average if the file has one)",
+    )
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        dest="local_rank",
+        type=int,
+        metavar="N",
+        help="accepted because launchers pass it; the environment variable LOCAL_RANK is what counts",
+    )
     return parser
 
 

@@ -19,8 +19,15 @@ from utils.config_recipe import config_notices, recipe_deviations, recipe_differ
 from utils.config_values import convert, nearest
 
 __all__ = [
-    "config_notices", "default_config", "dump_config", "load_config", "parse_config", "recipe_deviations",
-    "recipe_differences", "require_known_key", "run_folder",
+    "config_notices",
+    "default_config",
+    "dump_config",
+    "load_config",
+    "parse_config",
+    "recipe_deviations",
+    "recipe_differences",
+    "require_known_key",
+    "run_folder",
 ]
 
 COMMAND_LINE = "the command line"
@@ -41,9 +48,7 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
-def load_config(
-    cfg_file: str | Path, opts: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
-) -> CfgNode:
+def load_config(cfg_file: str | Path, opts: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> CfgNode:
     """Read a config file with its bases, apply what the command line says, check everything, and freeze it.
 
     Args:

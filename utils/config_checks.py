@@ -108,8 +108,12 @@ def check_config(config: CfgNode) -> list[Problem]:
     Types and the names of ``CHOICES`` are not looked at: they are refused where a value is read.
     """
     return [
-        *_check_ranges(config), *_check_data(config), *_check_model(config), *_check_training(config),
-        *_check_augmentation(config), *_check_files(config),
+        *_check_ranges(config),
+        *_check_data(config),
+        *_check_model(config),
+        *_check_training(config),
+        *_check_augmentation(config),
+        *_check_files(config),
     ]
 
 

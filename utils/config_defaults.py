@@ -12,26 +12,28 @@ from yacs.config import CfgNode
 
 def default_config() -> CfgNode:
     """Return a new tree of all keys with their default values."""
-    return CfgNode({
-        "DATA": _data(),
-        "MODEL": _model(),
-        "TRAIN": _train(),
-        "AUG": _augmentation(),
-        "TEST": {
-            "CROP": True,  # evaluate the centre crop of the image scaled to 256/224 of IMG_SIZE; False: scale only
-            # not in the published code
-            "BATCH_SIZE": 0,  # images per process when evaluating; 0 = DATA.BATCH_SIZE
-            "INTERVAL": 1,  # epochs between two evaluations; the last epoch is always evaluated
-        },
-        "AMP_OPT_LEVEL": "",  # published name of the precision: O0 = off, O1 and O2 = fp16; '' = TRAIN.AMP says it
-        "OUTPUT": "",  # parent folder of all runs; '' = ./output; a run writes to OUTPUT/MODEL.NAME/TAG
-        "TAG": "default",  # name of this run's folder, to keep runs of one config apart
-        "SAVE_FREQ": 20,  # epochs between two checkpoints that are kept for good (ckpt_epoch_N.pth)
-        "PRINT_FREQ": 100,  # updates between two log lines
-        "SEED": 0,  # seed of the initial weights, of the order of the data and of the augmentation
-        "EVAL_MODE": False,  # evaluate and stop
-        "THROUGHPUT_MODE": False,  # measure the model's images per second and stop
-    })
+    return CfgNode(
+        {
+            "DATA": _data(),
+            "MODEL": _model(),
+            "TRAIN": _train(),
+            "AUG": _augmentation(),
+            "TEST": {
+                "CROP": True,  # evaluate the centre crop of the image scaled to 256/224 of IMG_SIZE; False: scale only
+                # not in the published code
+                "BATCH_SIZE": 0,  # images per process when evaluating; 0 = DATA.BATCH_SIZE
+                "INTERVAL": 1,  # epochs between two evaluations; the last epoch is always evaluated
+            },
+            "AMP_OPT_LEVEL": "",  # published name of the precision: O0 = off, O1 and O2 = fp16; '' = TRAIN.AMP says it
+            "OUTPUT": "",  # parent folder of all runs; '' = ./output; a run writes to OUTPUT/MODEL.NAME/TAG
+            "TAG": "default",  # name of this run's folder, to keep runs of one config apart
+            "SAVE_FREQ": 20,  # epochs between two checkpoints that are kept for good (ckpt_epoch_N.pth)
+            "PRINT_FREQ": 100,  # updates between two log lines
+            "SEED": 0,  # seed of the initial weights, of the order of the data and of the augmentation
+            "EVAL_MODE": False,  # evaluate and stop
+            "THROUGHPUT_MODE": False,  # measure the model's images per second and stop
+        }
+    )
 
 
 def _data() -> dict[str, Any]:

@@ -9,15 +9,40 @@ from utils.config_checks import mixes
 from utils.config_defaults import default_config, flatten
 
 # Keys that the weights at the end of training do not depend on: places, names, how often something is saved or shown.
-NEUTRAL_KEYS = frozenset({
-    "DATA.DATA_PATH", "DATA.ZIP_MODE", "DATA.CACHE_MODE", "DATA.PIN_MEMORY", "DATA.NUM_WORKERS", "DATA.DOWNLOAD",
-    "DATA.VAL_CACHE", "DATA.CACHE_DECODED", "DATA.LOADER_TIMEOUT",
-    "MODEL.NAME", "MODEL.PRETRAINED", "MODEL.RESUME",
-    "TRAIN.AUTO_RESUME", "TRAIN.USE_CHECKPOINT", "TRAIN.SAVE_STEPS", "TRAIN.SAVE_MINUTES", "TRAIN.SAVE_KEEP",
-    "TRAIN.MAX_RUN_MINUTES", "TRAIN.MAX_NONFINITE", "TRAIN.DIST_TIMEOUT",
-    "TEST.CROP", "TEST.BATCH_SIZE", "TEST.INTERVAL",
-    "AMP_OPT_LEVEL", "OUTPUT", "TAG", "SAVE_FREQ", "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE",
-})
+NEUTRAL_KEYS = frozenset(
+    {
+        "DATA.DATA_PATH",
+        "DATA.ZIP_MODE",
+        "DATA.CACHE_MODE",
+        "DATA.PIN_MEMORY",
+        "DATA.NUM_WORKERS",
+        "DATA.DOWNLOAD",
+        "DATA.VAL_CACHE",
+        "DATA.CACHE_DECODED",
+        "DATA.LOADER_TIMEOUT",
+        "MODEL.NAME",
+        "MODEL.PRETRAINED",
+        "MODEL.RESUME",
+        "TRAIN.AUTO_RESUME",
+        "TRAIN.USE_CHECKPOINT",
+        "TRAIN.SAVE_STEPS",
+        "TRAIN.SAVE_MINUTES",
+        "TRAIN.SAVE_KEEP",
+        "TRAIN.MAX_RUN_MINUTES",
+        "TRAIN.MAX_NONFINITE",
+        "TRAIN.DIST_TIMEOUT",
+        "TEST.CROP",
+        "TEST.BATCH_SIZE",
+        "TEST.INTERVAL",
+        "AMP_OPT_LEVEL",
+        "OUTPUT",
+        "TAG",
+        "SAVE_FREQ",
+        "PRINT_FREQ",
+        "EVAL_MODE",
+        "THROUGHPUT_MODE",
+    }
+)
 
 # Keys that a resumed run may change, but that the accuracy at the end depends on.
 RESULT_KEYS = ("MODEL.PRETRAINED", "TEST.CROP")
@@ -25,14 +50,24 @@ RESULT_KEYS = ("MODEL.PRETRAINED", "TEST.CROP")
 # Published (EMBED_DIM, LAYERS): Strip-MLP-T*, T, S, B.
 PUBLISHED_VARIANTS = ((80, [2, 2, 6, 2]), (80, [2, 2, 12, 2]), (96, [2, 2, 18, 2]), (112, [2, 2, 18, 2]))
 PUBLISHED_CLASSES = {
-    "imagenet": 1000, "imagenet-1k": 1000, "101_ObjectCategories": 101, "caltech101": 101,
-    "CIFAR10": 10, "CIFAR100": 100,
+    "imagenet": 1000,
+    "imagenet-1k": 1000,
+    "101_ObjectCategories": 101,
+    "caltech101": 101,
+    "CIFAR10": 10,
+    "CIFAR100": 100,
 }
 PUBLISHED_BATCHES = (64, 128)  # the published default and the size in the published commands
 VARIANT_KEYS = ("MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.LAYERS")
 
-_STRIP_KEYS = ("MODEL.ALPHA", "MODEL.DROP_PATH_SCHEDULE", "MODEL.STRIP_MLP.PATCH_SIZE", "MODEL.STRIP_MLP.EMBED_DIM",
-               "MODEL.STRIP_MLP.LAYERS", "MODEL.STRIP_MLP.NUM_PATCHES")
+_STRIP_KEYS = (
+    "MODEL.ALPHA",
+    "MODEL.DROP_PATH_SCHEDULE",
+    "MODEL.STRIP_MLP.PATCH_SIZE",
+    "MODEL.STRIP_MLP.EMBED_DIM",
+    "MODEL.STRIP_MLP.LAYERS",
+    "MODEL.STRIP_MLP.NUM_PATCHES",
+)
 
 # (keys, when they do nothing, why)
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[CfgNode], bool], str], ...] = (
@@ -45,11 +80,17 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[CfgNode], bool], str], ..
     (("AUG.REMODE", "AUG.RECOUNT"), lambda c: c.AUG.REPROB == 0, "AUG.REPROB is 0"),
     (("AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "AUG.MIXUP_MODE"), lambda c: not mixes(c), "mixup and cutmix are off"),
     (("TRAIN.WARMUP_LR",), lambda c: c.TRAIN.WARMUP_EPOCHS == 0, "TRAIN.WARMUP_EPOCHS is 0"),
-    (("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "TRAIN.LR_SCHEDULER.DECAY_RATE"),
-     lambda c: c.TRAIN.LR_SCHEDULER.NAME != "step", "TRAIN.LR_SCHEDULER.NAME is not step"),
+    (
+        ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "TRAIN.LR_SCHEDULER.DECAY_RATE"),
+        lambda c: c.TRAIN.LR_SCHEDULER.NAME != "step",
+        "TRAIN.LR_SCHEDULER.NAME is not step",
+    ),
     (("TRAIN.MIN_LR",), lambda c: c.TRAIN.LR_SCHEDULER.NAME != "cosine", "TRAIN.LR_SCHEDULER.NAME is not cosine"),
-    (("TRAIN.LR_SCHEDULER.WARMUP_PREFIX",), lambda c: c.TRAIN.LR_SCHEDULER.NAME == "linear",
-     "the linear schedule always decays from the end of warm-up"),
+    (
+        ("TRAIN.LR_SCHEDULER.WARMUP_PREFIX",),
+        lambda c: c.TRAIN.LR_SCHEDULER.NAME == "linear",
+        "the linear schedule always decays from the end of warm-up",
+    ),
     (("TRAIN.OPTIMIZER.EPS", "TRAIN.OPTIMIZER.BETAS"), lambda c: c.TRAIN.OPTIMIZER.NAME == "sgd", "they are AdamW's"),
     (("TRAIN.OPTIMIZER.MOMENTUM",), lambda c: c.TRAIN.OPTIMIZER.NAME == "adamw", "it is SGD's"),
     (("TRAIN.EMA_WARMUP",), lambda c: c.TRAIN.EMA_DECAY == 0, "TRAIN.EMA_DECAY is 0"),
@@ -70,8 +111,11 @@ def recipe_differences(reference: CfgNode, config: CfgNode) -> dict[str, tuple[A
     """
     theirs, ours = flatten(reference), flatten(config)
     idle = _keys_without_effect(config)
-    differences = {key: (theirs[key], ours[key]) for key in ours
-                   if key not in NEUTRAL_KEYS and key not in idle and theirs[key] != ours[key]}
+    differences = {
+        key: (theirs[key], ours[key])
+        for key in ours
+        if key not in NEUTRAL_KEYS and key not in idle and theirs[key] != ours[key]
+    }
     steps = differences.get("TRAIN.ACCUMULATION_STEPS", ())
     if set(steps) == {0, 1}:  # two ways to say "no accumulation"
         del differences["TRAIN.ACCUMULATION_STEPS"]
@@ -107,13 +151,18 @@ def config_notices(config: CfgNode) -> list[str]:
     """Return sentences for the log: settings that were translated, and changed keys that do nothing."""
     notices = []
     if config.AMP_OPT_LEVEL:
-        notices.append(f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} (--amp-opt-level) is the published name of a precision; "
-                       f"it is read as TRAIN.AMP {config.TRAIN.AMP} (--amp {config.TRAIN.AMP})")
+        notices.append(
+            f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} (--amp-opt-level) is the published name of a precision; "
+            f"it is read as TRAIN.AMP {config.TRAIN.AMP} (--amp {config.TRAIN.AMP})"
+        )
     published, ours = flatten(default_config()), flatten(config)
     for keys, applies, reason in WITHOUT_EFFECT:
         if applies(config):
-            notices.extend(f"{key} is {ours[key]}, which has no effect: {reason}"
-                           for key in keys if ours[key] != published[key] and key not in VARIANT_KEYS)
+            notices.extend(
+                f"{key} is {ours[key]}, which has no effect: {reason}"
+                for key in keys
+                if ours[key] != published[key] and key not in VARIANT_KEYS
+            )
     return notices
 
 

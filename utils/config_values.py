@@ -48,10 +48,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     by_upper = {k.upper(): k for k in known}
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1].upper() == name.rsplit(".", 1)[-1].upper()]
     matches = (
-        [by_upper[name.upper()]] if name.upper() in by_upper else
-        same_leaf[:2] or
-        [by_upper[m] for m in difflib.get_close_matches(name.upper(), by_upper, n=1, cutoff=0.7)] or
-        _near_leaf(name, known)
+        [by_upper[name.upper()]]
+        if name.upper() in by_upper
+        else same_leaf[:2]
+        or [by_upper[m] for m in difflib.get_close_matches(name.upper(), by_upper, n=1, cutoff=0.7)]
+        or _near_leaf(name, known)
     )
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 

@@ -63,19 +63,27 @@ class DataWatch:
         time_of_all = max(elapsed * self._workers, 1e-9)
         cores = max(1, len(os.sched_getaffinity(0)) // get_local_world_size())
         load = LoaderLoad(self._workers, cores, computing / time_of_all, queueing / time_of_all)
-        logger.warning("the training waited for data %.0f %% of the epoch (%.0f s): %s", 100 * wait_share,
-                       wait_share * seconds, advice(self._config, load))
+        logger.warning(
+            "the training waited for data %.0f %% of the epoch (%.0f s): %s",
+            100 * wait_share,
+            wait_share * seconds,
+            advice(self._config, load),
+        )
 
 
 def advice(config, load: LoaderLoad) -> str:
     """What limits the loader, and what to change."""
     if load.workers == 0:
-        return (f"images are loaded in the training process itself; set DATA.NUM_WORKERS (-1 takes all {load.cores} "
-                "core(s) of this process)")
+        return (
+            f"images are loaded in the training process itself; set DATA.NUM_WORKERS (-1 takes all {load.cores} "
+            "core(s) of this process)"
+        )
     state = f"a data worker computes {100 * load.computing:.0f} % of the time"
     if load.computing + load.queueing < _BUSY:
-        return (f"{state}, so that reading is the limit; move the images to a faster disk or into memory, or read "
-                "ahead with more DATA.NUM_WORKERS")
+        return (
+            f"{state}, so that reading is the limit; move the images to a faster disk or into memory, or read "
+            "ahead with more DATA.NUM_WORKERS"
+        )
     remedies = []
     if load.queueing > _STARVED:
         state += f" and waits for a core {100 * load.queueing:.0f} %"

@@ -91,8 +91,9 @@ def evaluate(
             logits = logits.float()
             top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
             finite = torch.isfinite(logits).all(dim=1)
-            counts += torch.stack([top5[:, 0].sum(), top5.sum(), torch.full_like(counts[0], len(targets)),
-                                   (~finite).sum()])
+            counts += torch.stack(
+                [top5[:, 0].sum(), top5.sum(), torch.full_like(counts[0], len(targets)), (~finite).sum()]
+            )
             loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
     finally:
         model.train(was_training)

@@ -124,12 +124,19 @@ class NonFiniteGuard:
         """
         total, in_a_row = int(self._total), int(self._in_a_row)
         if total > self.reported:
-            logger.warning("%s: loss or gradient is not finite; %d update(s) skipped, %d so far, %d in a row",
-                           where, total - self.reported, total, in_a_row)
+            logger.warning(
+                "%s: loss or gradient is not finite; %d update(s) skipped, %d so far, %d in a row",
+                where,
+                total - self.reported,
+                total,
+                in_a_row,
+            )
             self.reported = total
         if in_a_row >= self.limit:
-            raise NonFiniteError(f"{where}: loss or gradient was not finite in {in_a_row} updates in a row "
-                                 f"(TRAIN.MAX_NONFINITE is {self.limit})")
+            raise NonFiniteError(
+                f"{where}: loss or gradient was not finite in {in_a_row} updates in a row "
+                f"(TRAIN.MAX_NONFINITE is {self.limit})"
+            )
         return total
 
     def last_skipped(self) -> bool:

@@ -55,12 +55,30 @@ def build_scheduler(config, optimizer: Optimizer, lrs: LearningRates, updates_pe
     prefix = options.WARMUP_PREFIX
     name = options.NAME.lower()
     if name == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=total - warmup if prefix else total, lr_min=lrs.minimum,
-                                 cycle_limit=1, warmup_prefix=prefix, **common)
+        return CosineLRScheduler(
+            optimizer,
+            t_initial=total - warmup if prefix else total,
+            lr_min=lrs.minimum,
+            cycle_limit=1,
+            warmup_prefix=prefix,
+            **common,
+        )
     if name == "linear":
-        return PolyLRScheduler(optimizer, t_initial=max(1, total - warmup), power=1.0, cycle_limit=1,
-                               lr_min=lrs.base * LINEAR_FLOOR, warmup_prefix=True, **common)
+        return PolyLRScheduler(
+            optimizer,
+            t_initial=max(1, total - warmup),
+            power=1.0,
+            cycle_limit=1,
+            lr_min=lrs.base * LINEAR_FLOOR,
+            warmup_prefix=True,
+            **common,
+        )
     if name == "step":
-        return StepLRScheduler(optimizer, decay_t=options.DECAY_EPOCHS * updates_per_epoch,
-                               decay_rate=options.DECAY_RATE, warmup_prefix=prefix, **common)
+        return StepLRScheduler(
+            optimizer,
+            decay_t=options.DECAY_EPOCHS * updates_per_epoch,
+            decay_rate=options.DECAY_RATE,
+            warmup_prefix=prefix,
+            **common,
+        )
     raise ValueError(f"TRAIN.LR_SCHEDULER.NAME is {options.NAME!r}; known: cosine, linear, step")

@@ -34,8 +34,13 @@ class RunningMeans:
 
     def add(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
         """Add one update; ``skipped`` (a boolean on the device) leaves it out."""
-        row = torch.stack([loss.detach().double(), grad_norm.detach().double(),
-                           torch.ones((), dtype=torch.float64, device=loss.device)])
+        row = torch.stack(
+            [
+                loss.detach().double(),
+                grad_norm.detach().double(),
+                torch.ones((), dtype=torch.float64, device=loss.device),
+            ]
+        )
         self._sums += torch.where(skipped, 0.0, row)
 
     def lap(self) -> tuple[float, float]:
@@ -162,16 +167,31 @@ def log_step(where: str, means: RunningMeans, timer: StepTimer, *, lr: float, le
     loss, grad_norm = means.lap()  # waits for the device, so that the times below are true
     pace = timer.lap()
     remaining = timedelta(seconds=round(left * pace.seconds / max(pace.steps, 1)))
-    logger.info("%s loss %.4f lr %.3e grad_norm %.3f %.1f images/s data_wait %.0f %% memory %.0f MiB eta %s", where,
-                loss, lr, grad_norm, pace.images_per_second, 100 * pace.wait_share, peak_memory_mib(device), remaining)
+    logger.info(
+        "%s loss %.4f lr %.3e grad_norm %.3f %.1f images/s data_wait %.0f %% memory %.0f MiB eta %s",
+        where,
+        loss,
+        lr,
+        grad_norm,
+        pace.images_per_second,
+        100 * pace.wait_share,
+        peak_memory_mib(device),
+        remaining,
+    )
 
 
 def epoch_row(means: RunningMeans, timer: StepTimer, *, device: torch.device) -> dict[str, float]:
     """Row of an epoch's training for ``metrics.jsonl``; loss and norm are means over all processes (collective)."""
     loss, grad_norm = means.reduced()
     pace = timer.total()
-    return {"train_loss": loss, "grad_norm": grad_norm, "images_per_second": pace.images_per_second,
-            "data_wait": pace.wait_share, "memory_mib": peak_memory_mib(device), "seconds": pace.seconds}
+    return {
+        "train_loss": loss,
+        "grad_norm": grad_norm,
+        "images_per_second": pace.images_per_second,
+        "data_wait": pace.wait_share,
+        "memory_mib": peak_memory_mib(device),
+        "seconds": pace.seconds,
+    }
 
 
 def record_epoch(directory: Path, row: dict[str, Any], result: Any | None) -> None:
@@ -183,11 +203,24 @@ def record_epoch(directory: Path, row: dict[str, Any], result: Any | None) -> No
         result: an ``EvalResult``, or None if the epoch was not evaluated.
     """
     if result is not None:
-        row = {**row, "val_loss": result.loss, "val_acc1": result.acc1, "val_acc5": result.acc5,
-               "val_samples": result.num_samples}
-        logger.info("epoch %d: train loss %.4f, validation loss %.4f, top-1 %.2f %%, top-5 %.2f %% of %d samples; best "
-                    "top-1 %.2f %%", row["epoch"], row["train_loss"], result.loss, result.acc1, result.acc5,
-                    result.num_samples, row["best_acc1"])
+        row = {
+            **row,
+            "val_loss": result.loss,
+            "val_acc1": result.acc1,
+            "val_acc5": result.acc5,
+            "val_samples": result.num_samples,
+        }
+        logger.info(
+            "epoch %d: train loss %.4f, validation loss %.4f, top-1 %.2f %%, top-5 %.2f %% of %d samples; best "
+            "top-1 %.2f %%",
+            row["epoch"],
+            row["train_loss"],
+            result.loss,
+            result.acc1,
+            result.acc5,
+            result.num_samples,
+            row["best_acc1"],
+        )
     append_metrics(directory / "metrics.jsonl", row)
     plot_curves(read_metrics(directory / "metrics.jsonl"), directory / "curves.png")
 

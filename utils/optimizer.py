@@ -44,8 +44,12 @@ def build_optimizer(config, model: nn.Module, lr: float) -> Optimizer:
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     if sum(counts) == 0:
         raise ValueError("the model has no trainable parameter; unfreeze at least its head")
-    logger.info("optimizer: %s parameters with weight decay %g, %s without", f"{counts[0]:,}",
-                config.TRAIN.WEIGHT_DECAY, f"{counts[1]:,}")
+    logger.info(
+        "optimizer: %s parameters with weight decay %g, %s without",
+        f"{counts[0]:,}",
+        config.TRAIN.WEIGHT_DECAY,
+        f"{counts[1]:,}",
+    )
     options = config.TRAIN.OPTIMIZER
     name = options.NAME.lower()
     if name == "adamw":

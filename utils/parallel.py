@@ -43,8 +43,9 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
     # The switch was renamed: newer releases warn about the old name, older ones do not know the new one.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     unsynced = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, **unsynced)
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **unsynced
+    )
 
 
 def compile_model(model: nn.Module) -> None:

@@ -37,8 +37,10 @@ class LoadReport:
 
     def text(self) -> str:
         """The report as readable lines."""
-        lines = [f"{len(self.matched)} matched ({self.renamed} renamed), {len(self.reshaped)} of another shape, "
-                 f"{len(self.missing)} missing, {len(self.unexpected)} unexpected"]
+        lines = [
+            f"{len(self.matched)} matched ({self.renamed} renamed), {len(self.reshaped)} of another shape, "
+            f"{len(self.missing)} missing, {len(self.unexpected)} unexpected"
+        ]
         for key, (theirs, ours) in list(self.reshaped.items())[:_LISTED]:
             lines.append(f"  another shape: {key} is {list(theirs)} in the file, {list(ours)} in the model")
         for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
@@ -109,8 +111,11 @@ def load_weights(
     shapes = extract_weights(load_checkpoint(path, map_location="meta"), path, **choice)
     report = _compare(model, shapes, remap)
     head = _head_keys(model) if replace_head else set()
-    blocking = [key for key in report.reshaped if key not in head] + \
-               [key for key in report.missing if key not in head] + report.unexpected
+    blocking = (
+        [key for key in report.reshaped if key not in head]
+        + [key for key in report.missing if key not in head]
+        + report.unexpected
+    )
     logger.info("weights from %s (sha256 %s): %s", path, sha256(path)[:16], report.text())
     if blocking or not report.matched:
         raise CheckpointError(_mismatch_message(path, report, blocking, _head_keys(model), replace_head))
@@ -125,8 +130,10 @@ def load_weights(
         for key in report.matched:
             own[key].copy_(weights[key])
     if report.reshaped or report.missing:
-        logger.info("the classifier (%s) keeps its fresh values: the file's head has another size",
-                    ", ".join(sorted(set(report.reshaped) | set(report.missing))))
+        logger.info(
+            "the classifier (%s) keeps its fresh values: the file's head has another size",
+            ", ".join(sorted(set(report.reshaped) | set(report.missing))),
+        )
     rest = {key: value for key, value in payload.items() if key not in ("model", "ema", "optimizer", "rank_state")}
     return report, rest
 

@@ -63,8 +63,9 @@ def _preprocessing(config) -> dict[str, Any]:
     }
 
 
-def check_continuation(config, facts: dict[str, Any], payload: dict[str, Any], path: Path,
-                       allowed: Collection[str]) -> None:
+def check_continuation(
+    config, facts: dict[str, Any], payload: dict[str, Any], path: Path, allowed: Collection[str]
+) -> None:
     """Refuse to continue a run under another recipe or with other classes; warn of another number of samples.
 
     Args:
@@ -81,9 +82,15 @@ def check_continuation(config, facts: dict[str, Any], payload: dict[str, Any], p
     check_classes(facts["classes"], payload, path)
     then, now = payload.get("num_samples", facts["num_samples"]), facts["num_samples"]
     if then != now:
-        logger.warning("%s was trained on %d images, this data set has %d: their order is another one%s", path, then,
-                       now, ", so that some may come twice or not at all in the epoch in progress"
-                       if payload["progress"]["samples_seen"] else "")
+        logger.warning(
+            "%s was trained on %d images, this data set has %d: their order is another one%s",
+            path,
+            then,
+            now,
+            ", so that some may come twice or not at all in the epoch in progress"
+            if payload["progress"]["samples_seen"]
+            else "",
+        )
 
 
 def check_recipe(config, payload: dict[str, Any], path: Path, allowed: Collection[str]) -> None:
@@ -133,8 +140,9 @@ def warn_preprocessing(config, payload: dict[str, Any], path: Path | str) -> Non
     ours = _preprocessing(config)
     for key in sorted(set(theirs) & set(ours)):
         if theirs[key] != ours[key]:
-            logger.warning("preprocessing %s: %s was trained with %s, this evaluation uses %s", key, path, theirs[key],
-                           ours[key])
+            logger.warning(
+                "preprocessing %s: %s was trained with %s, this evaluation uses %s", key, path, theirs[key], ours[key]
+            )
 
 
 def config_of(payload: dict[str, Any]) -> dict[str, Any]:

@@ -70,8 +70,13 @@ class Run:
     def write_status(self, state: str, **facts: Any) -> None:
         """Replace ``status.json``: state is running, preempted, completed or failed (rank 0 only)."""
         if self.is_main:
-            row = {"state": state, **facts, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(),
-                   "host": socket.gethostname()}
+            row = {
+                "state": state,
+                **facts,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+            }
             write_text_atomic(self.output_dir / "status.json", json.dumps(row, indent=1) + "\n")
 
     def write_failure(self, error: BaseException) -> None:
@@ -122,8 +127,13 @@ def start_run(config, *, locked: bool = True) -> Iterator[Run]:
     except BaseException as error:
         if not isinstance(error, (SystemExit, KeyboardInterrupt)):
             # the file gets the traceback of every error, the console only of those that the user did not cause
-            logger.error("rank %d stops: %s", get_rank(), error_text(error), exc_info=True,
-                         extra={"brief": isinstance(error, USER_ERRORS)})
+            logger.error(
+                "rank %d stops: %s",
+                get_rank(),
+                error_text(error),
+                exc_info=True,
+                extra={"brief": isinstance(error, USER_ERRORS)},
+            )
         # The peers may be dead or stuck in a collective: leaving without a goodbye is what ends them.
         if is_distributed() and get_world_size() == 1:
             dist.destroy_process_group()
@@ -144,8 +154,10 @@ def _select_device() -> torch.device:
         return torch.device("cpu")
     index = get_local_rank()
     if index >= torch.cuda.device_count():
-        raise ValueError(f"LOCAL_RANK is {index}, but this machine shows {torch.cuda.device_count()} GPU(s); "
-                         "start at most one process per GPU (--nproc_per_node)")
+        raise ValueError(
+            f"LOCAL_RANK is {index}, but this machine shows {torch.cuda.device_count()} GPU(s); "
+            "start at most one process per GPU (--nproc_per_node)"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -160,8 +172,10 @@ def _init_process_group(config, device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if missing:
-        raise RunError(f"the environment of a distributed run is half set: {', '.join(missing)} missing; "
-                           "start with torchrun, or unset RANK and WORLD_SIZE")
+        raise RunError(
+            f"the environment of a distributed run is half set: {', '.join(missing)} missing; "
+            "start with torchrun, or unset RANK and WORLD_SIZE"
+        )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timeout))
     # torchrun keeps its store over --max-restarts, with the addresses of the dead attempt in it: each attempt gets
@@ -180,9 +194,11 @@ def _prepare_folder(output_dir: Path, locked: bool) -> int | None:
                 lock = _lock_folder(output_dir)
                 for leftover in output_dir.glob(".*.tmp-*"):
                     leftover.unlink()
-        except (OSError, RunError) as error:
-            problem = error if isinstance(error, RunError) else OSError(
-                f"cannot write the output folder {output_dir}: {error.strerror or error}; choose another with --output")
+        except RunError as error:
+            problem = error
+        except OSError as error:
+            reason = error.strerror or error
+            problem = OSError(f"cannot write the output folder {output_dir}: {reason}; choose another with --output")
     problem = broadcast_object(problem)
     if problem is not None:
         raise problem
@@ -198,8 +214,9 @@ def _lock_folder(output_dir: Path) -> int:
     except (BlockingIOError, PermissionError):
         owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
-        raise RunError(f"{output_dir} is in use by {owner}; wait for it, or give this run another --tag or "
-                           "--output") from None
+        raise RunError(
+            f"{output_dir} is in use by {owner}; wait for it, or give this run another --tag or --output"
+        ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
     return descriptor
@@ -208,10 +225,20 @@ def _lock_folder(output_dir: Path) -> int:
 def _log_start(config, run: Run, *, write: bool) -> None:
     """Log what the run is, and store its config and its deviations from the published recipe."""
     logger.info("command: %s", " ".join(sys.argv))
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else \
-        f"CPU, {torch.get_num_threads()} thread(s) a process"
-    logger.info("Python %s, torch %s, timm %s; %d process(es) on %s; output in %s", platform.python_version(),
-                torch.__version__, timm.__version__, run.world_size, device, run.output_dir)
+    device = (
+        torch.cuda.get_device_name(run.device)
+        if run.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread(s) a process"
+    )
+    logger.info(
+        "Python %s, torch %s, timm %s; %d process(es) on %s; output in %s",
+        platform.python_version(),
+        torch.__version__,
+        timm.__version__,
+        run.world_size,
+        device,
+        run.output_dir,
+    )
     for notice in config_notices(config):
         logger.warning(notice)
     deviations = recipe_deviations(config)

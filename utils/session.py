@@ -67,8 +67,10 @@ class Session:
     def where(self, progress: Progress) -> str:
         """Place in the run, for messages."""
         in_epoch = self.updates_done(progress) - progress.epoch * self.updates_per_epoch
-        return (f"epoch {progress.epoch + 1}/{self.config.TRAIN.EPOCHS} update {in_epoch}/{self.updates_per_epoch} "
-                f"(step {progress.global_step})")
+        return (
+            f"epoch {progress.epoch + 1}/{self.config.TRAIN.EPOCHS} update {in_epoch}/{self.updates_per_epoch} "
+            f"(step {progress.global_step})"
+        )
 
     def log_due(self, done: int) -> bool:
         """Whether to log: every ``PRINT_FREQ`` updates of an epoch, and after its last."""
@@ -102,8 +104,10 @@ def located_errors(session: Session, state: TrainState) -> Iterator[None]:
         if place not in str(error):
             error.add_note(f"at {place}")
         if "DataLoader worker" in str(error) and "DATA.NUM_WORKERS" not in str(error):
-            error.add_note("a data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
-                           "container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE")
+            error.add_note(
+                "a data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
+                "container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE"
+            )
         raise
 
 
@@ -115,5 +119,12 @@ def update_groups(session: Session, state: TrainState) -> Iterator[list[tuple[Te
     epoch = state.progress.epoch
     done = session.updates_done(state.progress) - epoch * session.updates_per_epoch
     with logging_redirect_tqdm() if watched else nullcontext():
-        yield from tqdm(groups, desc=f"epoch {epoch + 1}", initial=done, total=session.updates_per_epoch, unit="update",
-                        leave=False, disable=not watched)
+        yield from tqdm(
+            groups,
+            desc=f"epoch {epoch + 1}",
+            initial=done,
+            total=session.updates_per_epoch,
+            unit="update",
+            leave=False,
+            disable=not watched,
+        )

@@ -80,8 +80,9 @@ class Job:
     def poll(self) -> list[int | None]:
         """Return codes so far, None for a process that runs."""
         self.codes = self.codes or [None] * len(self.pids)
-        self.codes = [self.starter.poll(pid) if code is None else code
-                      for pid, code in zip(self.pids, self.codes, strict=True)]
+        self.codes = [
+            self.starter.poll(pid) if code is None else code for pid, code in zip(self.pids, self.codes, strict=True)
+        ]
         return self.codes
 
     def wait(self, seconds: float = PATIENCE) -> "Job":
@@ -116,8 +117,11 @@ class Job:
 
     def processes(self) -> list[int]:
         """Process ids of everything that the run has started and that is still alive."""
-        return [pid for pid, session, environment in _all_processes()
-                if session in self.pids or (self.marker and self.marker in environment)]
+        return [
+            pid
+            for pid, session, environment in _all_processes()
+            if session in self.pids or (self.marker and self.marker in environment)
+        ]
 
     def assert_no_orphans(self, seconds: float = 30.0) -> None:
         """Assert that nothing of the run is left; workers of a killed process notice within seconds."""
@@ -178,8 +182,18 @@ class Starter:
         port = free_port()
         pids, logs = [], []
         for rank in range(world):
-            layout = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
+            layout = (
+                {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": world,
+                    "LOCAL_WORLD_SIZE": world,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+                if world > 1
+                else {}
+            )
             logs.append(self._new_log(rank))
             full = self._request(opts, out, **request)
             full["env"] = {key: str(value) for key, value in (layout | full["env"]).items()}
@@ -201,8 +215,15 @@ class Starter:
         log = self._new_log(0)
         environment = {**self._environment, **full["env"], "FAULTS_RUN": marker}
         with open(log, "ab") as file:
-            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=file,
-                                       stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=ROOT,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
         self._launchers[process.pid] = process
         return Job(self, [process.pid], run_folder(out, opts), [log], marker)
 
@@ -218,9 +239,16 @@ class Starter:
             self._server.stdin.close()
             self._server.wait(30)
 
-    def _request(self, opts: Sequence[str], out: Path, *, faults: Sequence[Fault] = (),
-                 env: dict[str, str] | None = None, program: str = "main",
-                 argv: Sequence[str] | None = None) -> dict[str, Any]:
+    def _request(
+        self,
+        opts: Sequence[str],
+        out: Path,
+        *,
+        faults: Sequence[Fault] = (),
+        env: dict[str, str] | None = None,
+        program: str = "main",
+        argv: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
         if argv is None:
             settings = [word for word in opts if re.fullmatch(r"[A-Z][A-Z_.]*=.*", word)]
             flags = [word for word in opts if word not in settings]
@@ -230,8 +258,14 @@ class Starter:
 
     def _ask(self, message: dict[str, Any]) -> Any:
         if self._server is None:
-            self._server = subprocess.Popen([sys.executable, str(DRIVER), "--serve"], cwd=ROOT, text=True,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment)
+            self._server = subprocess.Popen(
+                [sys.executable, str(DRIVER), "--serve"],
+                cwd=ROOT,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=self._environment,
+            )
         self._server.stdin.write(json.dumps(message) + "\n")
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())

@@ -75,8 +75,11 @@ def record_samples(folder: str) -> None:
     """Append every update's sample indices to ``folder/rank{r}.jsonl``."""
 
     def note(state, session, group) -> None:
-        row = {"epoch": state.progress.epoch, "step": state.progress.global_step,
-               "indices": [i for _, _, indices in group for i in indices.tolist()]}
+        row = {
+            "epoch": state.progress.epoch,
+            "step": state.progress.global_step,
+            "indices": [i for _, _, indices in group for i in indices.tolist()],
+        }
         with open(Path(folder) / f"rank{session.run.rank}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -158,7 +161,7 @@ def slow_save(seconds: float, signals: tuple[int, ...] = (), step: int = 0) -> N
         original(payload, buffer)
         data = buffer.getvalue()
         for start in range(0, len(data), len(data) // 20 + 1):
-            file.write(data[start:start + len(data) // 20 + 1])
+            file.write(data[start : start + len(data) // 20 + 1])
             file.flush()
             time.sleep(seconds / 20)
             if waiting:

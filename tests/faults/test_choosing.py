@@ -150,12 +150,16 @@ def test_evaluation_takes_the_named_file_only(starter, out):
 
 
 @SLOW
-@pytest.mark.parametrize(("opts", "key", "values"), (
-    (("TRAIN.BASE_LR=1e-3",), "TRAIN.BASE_LR", ("0.002", "0.001")),
-    (("--epochs", "3"), "TRAIN.EPOCHS", ("2", "3")),
-    (("--seed", "5"), "SEED", ("0", "5")),
-    (("TRAIN.WEIGHT_DECAY=0.3",), "TRAIN.WEIGHT_DECAY", ("0.05", "0.3")),
-), ids=("rate", "epochs", "seed", "decay"))
+@pytest.mark.parametrize(
+    ("opts", "key", "values"),
+    (
+        (("TRAIN.BASE_LR=1e-3",), "TRAIN.BASE_LR", ("0.002", "0.001")),
+        (("--epochs", "3"), "TRAIN.EPOCHS", ("2", "3")),
+        (("--seed", "5"), "SEED", ("0", "5")),
+        (("TRAIN.WEIGHT_DECAY=0.3",), "TRAIN.WEIGHT_DECAY", ("0.05", "0.3")),
+    ),
+    ids=("rate", "epochs", "seed", "decay"),
+)
 def test_other_recipe_needs_leave(starter, out, opts, key, values):
     """Changed setting on resume: an error with both values; with --allow-change it is said and takes effect."""
     folder = run_folder(out)
@@ -171,13 +175,17 @@ def test_other_recipe_needs_leave(starter, out, opts, key, values):
 
 
 @SLOW
-@pytest.mark.parametrize(("opts", "message"), (
-    (("MODEL.STRIP_MLP.EMBED_DIM=16",), "MODEL.STRIP_MLP.EMBED_DIM: 8 in the checkpoint, 16 now"),
-    (("MODEL.STRIP_MLP.EMBED_DIM=16", "--allow-change", "MODEL.STRIP_MLP.EMBED_DIM"), "is of another model"),
-    (("TRAIN.OPTIMIZER.NAME=sgd", "--allow-change", "TRAIN.OPTIMIZER.NAME"), "another optimizer"),
-    (("TRAIN.EMA_DECAY=0.0", "--allow-change", "TRAIN.EMA_DECAY"), "was saved with averaged weights"),
-    (("--allow-change", "TRAIN.BASE_RL"), "TRAIN.BASE_LR"),
-), ids=("model", "model with leave", "optimizer with leave", "average with leave", "mistyped leave"))
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    (
+        (("MODEL.STRIP_MLP.EMBED_DIM=16",), "MODEL.STRIP_MLP.EMBED_DIM: 8 in the checkpoint, 16 now"),
+        (("MODEL.STRIP_MLP.EMBED_DIM=16", "--allow-change", "MODEL.STRIP_MLP.EMBED_DIM"), "is of another model"),
+        (("TRAIN.OPTIMIZER.NAME=sgd", "--allow-change", "TRAIN.OPTIMIZER.NAME"), "another optimizer"),
+        (("TRAIN.EMA_DECAY=0.0", "--allow-change", "TRAIN.EMA_DECAY"), "was saved with averaged weights"),
+        (("--allow-change", "TRAIN.BASE_RL"), "TRAIN.BASE_LR"),
+    ),
+    ids=("model", "model with leave", "optimizer with leave", "average with leave", "mistyped leave"),
+)
 def test_changes_that_cannot_be(starter, out, opts, message):
     """Another model, optimizer or average on resume: refused even with leave, nothing written."""
     before = {path.name: path.read_bytes() for path in run_folder(out).glob("*.pth*")}

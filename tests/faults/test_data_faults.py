@@ -46,8 +46,16 @@ def test_evaluation_over_uneven_shares(starter, reference, tmp_path):
     """21 images over 1, 2 and 3 processes and odd batches: the same exact result."""
     results = []
     for world in (1, 2, 3):
-        job = starter.run("--resume", str(reference()), "TEST.BATCH_SIZE=5", "--tag", str(world), out=tmp_path,
-                          world=world, program="main_eval")
+        job = starter.run(
+            "--resume",
+            str(reference()),
+            "TEST.BATCH_SIZE=5",
+            "--tag",
+            str(world),
+            out=tmp_path,
+            world=world,
+            program="main_eval",
+        )
         assert job.codes == [0] * world, job.text()
         results.append(json.loads((job.folder / "eval.json").read_text()))
     assert {result["num_samples"] for result in results} == {VAL_IMAGES}

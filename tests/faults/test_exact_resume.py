@@ -32,16 +32,19 @@ def figures(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
-@pytest.mark.parametrize(("world", "workers", "opts"), (
-    pytest.param(1, 2, ("TRAIN.ACCUMULATION_STEPS=5",), id="1 process, 2 workers, groups of 5+5+2"),
-    pytest.param(3, 0, (), id="3 processes"),  # the case that needs DDP's warm-up
-    pytest.param(1, 0, (), id="1 process", marks=SLOW),
-    pytest.param(1, 0, ("TRAIN.AMP=fp16",), id="1 process, fp16 and its scaler", marks=SLOW),
-    pytest.param(1, 0, PLAIN, id="1 process, float32, SGD, no mixup, no average", marks=SLOW),
-    pytest.param(2, 0, (), id="2 processes", marks=SLOW),
-    pytest.param(2, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="2 processes, 2 workers, accumulation", marks=SLOW),
-    pytest.param(3, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="3 processes, 2 workers, accumulation", marks=SLOW),
-))
+@pytest.mark.parametrize(
+    ("world", "workers", "opts"),
+    (
+        pytest.param(1, 2, ("TRAIN.ACCUMULATION_STEPS=5",), id="1 process, 2 workers, groups of 5+5+2"),
+        pytest.param(3, 0, (), id="3 processes"),  # the case that needs DDP's warm-up
+        pytest.param(1, 0, (), id="1 process", marks=SLOW),
+        pytest.param(1, 0, ("TRAIN.AMP=fp16",), id="1 process, fp16 and its scaler", marks=SLOW),
+        pytest.param(1, 0, PLAIN, id="1 process, float32, SGD, no mixup, no average", marks=SLOW),
+        pytest.param(2, 0, (), id="2 processes", marks=SLOW),
+        pytest.param(2, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="2 processes, 2 workers, accumulation", marks=SLOW),
+        pytest.param(3, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="3 processes, 2 workers, accumulation", marks=SLOW),
+    ),
+)
 def test_interrupted_run_ends_in_the_same_bits(starter, reference, tmp_path, world, workers, opts):
     """SIGTERM to one process mid-epoch, continued: same state as uninterrupted."""
     expected = reference(*opts, world=world)
@@ -111,12 +114,16 @@ def test_saving_by_the_clock(starter, reference, tmp_path):
 
 
 @SLOW
-@pytest.mark.parametrize("opts", (
-    ("DATA.NUM_WORKERS=3", "DATA.LOADER_TIMEOUT=100"),
-    ("PRINT_FREQ=1", "SAVE_FREQ=1", "TRAIN.SAVE_STEPS=5", "TRAIN.SAVE_KEEP=4"),
-    ("TEST.INTERVAL=2", "TEST.BATCH_SIZE=3"),
-    ("DATA.CACHE_DECODED=ram",),
-), ids=" ".join)
+@pytest.mark.parametrize(
+    "opts",
+    (
+        ("DATA.NUM_WORKERS=3", "DATA.LOADER_TIMEOUT=100"),
+        ("PRINT_FREQ=1", "SAVE_FREQ=1", "TRAIN.SAVE_STEPS=5", "TRAIN.SAVE_KEEP=4"),
+        ("TEST.INTERVAL=2", "TEST.BATCH_SIZE=3"),
+        ("DATA.CACHE_DECODED=ram",),
+    ),
+    ids=" ".join,
+)
 def test_settings_that_must_not_matter(starter, reference, tmp_path, opts):
     """Workers, log, save and evaluation frequency, caches: same state."""
     job = starter.run(*opts, out=tmp_path).assert_ok()
@@ -124,20 +131,29 @@ def test_settings_that_must_not_matter(starter, reference, tmp_path, opts):
     assert_same_state(job.folder / LAST, reference(), ignore=("progress",) if "TEST.INTERVAL=2" in opts else ())
 
 
-@pytest.mark.parametrize(("world", "batch"), (
-    pytest.param(1, 4, id="1 x 4"),
-    pytest.param(1, 12, id="1 x 12", marks=SLOW),
-    pytest.param(3, 4, id="3 x 4", marks=SLOW),
-    pytest.param(2, 2, id="2 x 2", marks=SLOW),
-))
+@pytest.mark.parametrize(
+    ("world", "batch"),
+    (
+        pytest.param(1, 4, id="1 x 4"),
+        pytest.param(1, 12, id="1 x 12", marks=SLOW),
+        pytest.param(3, 4, id="3 x 4", marks=SLOW),
+        pytest.param(2, 2, id="2 x 2", marks=SLOW),
+    ),
+)
 def test_other_world_or_batch_sees_every_sample_once(starter, tmp_path, world, batch):
     """Stopped at 2 x 4, continued with other processes or batch: every sample once, said in the log."""
     record = [("record_samples", {"folder": str(tmp_path)})]
     starter.run(out=tmp_path, world=2, faults=record + stop_at(2)).assert_ok("preempted")
     job = starter.run("--batch-size", str(batch), out=tmp_path, world=world, faults=record).assert_ok()
     for epoch in (0, 1):
-        seen = Counter(index for path in tmp_path.glob("rank*.jsonl") for line in path.read_text().splitlines()
-                       for row in [json.loads(line)] if row["epoch"] == epoch for index in row["indices"])
+        seen = Counter(
+            index
+            for path in tmp_path.glob("rank*.jsonl")
+            for line in path.read_text().splitlines()
+            for row in [json.loads(line)]
+            if row["epoch"] == epoch
+            for index in row["indices"]
+        )
         assert seen == Counter(range(TRAIN_IMAGES))
     if world != 2:
         assert f"was saved by 2 process(es), this run has {world}" in job.text()

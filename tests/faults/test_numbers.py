@@ -36,12 +36,17 @@ def assert_equal(first, second) -> None:
         assert first == second
 
 
-@pytest.mark.parametrize(("world", "opts", "value"), (
-    pytest.param(2, (), float("inf"), id="2 processes, inf"),
-    pytest.param(1, ("TRAIN.AMP=off", "TRAIN.ACCUMULATION_STEPS=2"), float("nan"), id="float32, groups", marks=SLOW),
-    pytest.param(3, ("TRAIN.AMP=fp16",), float("inf"), id="3 processes, fp16", marks=SLOW),
-    pytest.param(2, ("TRAIN.OPTIMIZER.NAME=sgd",), -float("inf"), id="2 processes, SGD", marks=SLOW),
-))
+@pytest.mark.parametrize(
+    ("world", "opts", "value"),
+    (
+        pytest.param(2, (), float("inf"), id="2 processes, inf"),
+        pytest.param(
+            1, ("TRAIN.AMP=off", "TRAIN.ACCUMULATION_STEPS=2"), float("nan"), id="float32, groups", marks=SLOW
+        ),
+        pytest.param(3, ("TRAIN.AMP=fp16",), float("inf"), id="3 processes, fp16", marks=SLOW),
+        pytest.param(2, ("TRAIN.OPTIMIZER.NAME=sgd",), -float("inf"), id="2 processes, SGD", marks=SLOW),
+    ),
+)
 def test_one_bad_batch(starter, tmp_path, world, opts, value):
     """inf in one batch of one process: all skip that update, nothing moves, it is counted, the run completes."""
     bad = [("bad_pixels", {"first": 2, "last": 2, "rank": world - 1, "value": value})]
@@ -72,8 +77,11 @@ def test_diverged_for_good(starter, tmp_path, world):
     """Learning rate 1e20: stops after K skipped updates with a dump, nothing non-finite saved, replay explains."""
     rates = ("TRAIN.BASE_LR=1e20", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.MAX_NONFINITE=3", "TRAIN.SAVE_STEPS=1")
     job = starter.run(*rates, out=tmp_path, world=world)
-    job.assert_failed("loss or gradient was not finite in 3 updates in a row (TRAIN.MAX_NONFINITE is 3)",
-                      "The last good checkpoint is ", "python tools/replay.py ")
+    job.assert_failed(
+        "loss or gradient was not finite in 3 updates in a row (TRAIN.MAX_NONFINITE is 3)",
+        "The last good checkpoint is ",
+        "python tools/replay.py ",
+    )
     assert "Traceback" not in job.text()
     assert "not finite in 3 updates in a row" in job.status()["error"]
     assert steps(job.folder) == [1]  # while updates are skipped, the files from before are not given up
@@ -92,12 +100,16 @@ def test_diverged_for_good(starter, tmp_path, world):
 
 
 @SLOW
-@pytest.mark.parametrize(("world", "opts"), (
-    (1, ()),
-    (1, ("TRAIN.AMP=fp16", "TRAIN.ACCUMULATION_STEPS=2", "AUG.MIXUP=0", "AUG.CUTMIX=0")),
-    (2, ("TRAIN.ACCUMULATION_STEPS=2", "DATA.NUM_WORKERS=1")),
-    (3, ("TRAIN.AMP=off", "MODEL.DROP=True")),
-), ids=("1 process", "fp16, accumulation, no mixup", "2 processes, accumulation", "3 processes, float32, dropout"))
+@pytest.mark.parametrize(
+    ("world", "opts"),
+    (
+        (1, ()),
+        (1, ("TRAIN.AMP=fp16", "TRAIN.ACCUMULATION_STEPS=2", "AUG.MIXUP=0", "AUG.CUTMIX=0")),
+        (2, ("TRAIN.ACCUMULATION_STEPS=2", "DATA.NUM_WORKERS=1")),
+        (3, ("TRAIN.AMP=off", "MODEL.DROP=True")),
+    ),
+    ids=("1 process", "fp16, accumulation, no mixup", "2 processes, accumulation", "3 processes, float32, dropout"),
+)
 def test_replay_repeats_the_update(starter, tmp_path, world, opts):
     """The dump of a healthy update: replay gets each process's loss and the gradient norm to the last bit."""
     faults = [("dump_update", {"step": 2})]  # by then float16 has found a scale at which nothing overflows

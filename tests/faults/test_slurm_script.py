@@ -43,10 +43,19 @@ def slurm(tmp_path, starter) -> Callable[..., tuple[list[str], dict[str, str]]]:
             (commands / name).chmod(0o755)
         command = ["bash", str(SCRIPT), "--cfg", str(starter.config), "--output", str(tmp_path / "out")]
         return command, {
-            **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_JOB_ID": "77",
-            "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_GPUS_ON_NODE": "2", "MASTER_PORT": str(free_port()),
-            "CALLS": str(tmp_path / "calls"), "FOLDER": str(run_folder(tmp_path / "out")), "STATUS": "",
-            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment,
+            **os.environ,
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "SLURM_JOB_ID": "77",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_GPUS_ON_NODE": "2",
+            "MASTER_PORT": str(free_port()),
+            "CALLS": str(tmp_path / "calls"),
+            "FOLDER": str(run_folder(tmp_path / "out")),
+            "STATUS": "",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            **environment,
         }
 
     return prepare
@@ -63,15 +72,20 @@ def decide(slurm, tmp_path: Path, status: dict | None, before: dict | None = Non
     return result.returncode, result.stdout + result.stderr, calls.exists() and calls.read_text() == "requeue 77\n"
 
 
-@pytest.mark.parametrize(("status", "code", "requeued"), (
-    pytest.param({"state": "preempted", "reason": "SIGUSR1", "step": 9}, 0, True, id="time limit"),
-    pytest.param({"state": "preempted", "reason": "TRAIN.MAX_RUN_MINUTES reached"}, 0, True, id="its own", marks=SLOW),
-    pytest.param({"state": "preempted", "reason": "SIGTERM"}, 0, False, id="cancelled", marks=SLOW),
-    pytest.param({"state": "completed"}, 0, False, id="completed", marks=SLOW),
-    pytest.param({"state": "failed", "error": "x"}, 1, False, id="failed", marks=SLOW),
-    pytest.param({"state": "running"}, 1, False, id="killed hard", marks=SLOW),
-    pytest.param(None, 1, False, id="never began", marks=SLOW),
-))
+@pytest.mark.parametrize(
+    ("status", "code", "requeued"),
+    (
+        pytest.param({"state": "preempted", "reason": "SIGUSR1", "step": 9}, 0, True, id="time limit"),
+        pytest.param(
+            {"state": "preempted", "reason": "TRAIN.MAX_RUN_MINUTES reached"}, 0, True, id="its own", marks=SLOW
+        ),
+        pytest.param({"state": "preempted", "reason": "SIGTERM"}, 0, False, id="cancelled", marks=SLOW),
+        pytest.param({"state": "completed"}, 0, False, id="completed", marks=SLOW),
+        pytest.param({"state": "failed", "error": "x"}, 1, False, id="failed", marks=SLOW),
+        pytest.param({"state": "running"}, 1, False, id="killed hard", marks=SLOW),
+        pytest.param(None, 1, False, id="never began", marks=SLOW),
+    ),
+)
 def test_when_the_job_is_requeued(slurm, tmp_path, status, code, requeued):
     """SLURM script: requeues after a time limit only, and fails where the run failed."""
     returned, text, was_requeued = decide(slurm, tmp_path, status)

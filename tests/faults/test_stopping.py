@@ -32,12 +32,15 @@ def test_signal_to_one_process(starter, reference, tmp_path, number):
     assert_same_state(job.folder / LAST, reference(world=2))
 
 
-@pytest.mark.parametrize(("number", "world", "workers"), (
-    pytest.param(signal.SIGTERM, 1, 2, id="SIGTERM, 1 process"),
-    pytest.param(signal.SIGINT, 2, 2, id="SIGINT, 2 processes", marks=SLOW),
-    pytest.param(signal.SIGUSR1, 2, 2, id="SIGUSR1, 2 processes", marks=SLOW),
-    pytest.param(signal.SIGTERM, 3, 1, id="SIGTERM, 3 processes", marks=SLOW),
-))
+@pytest.mark.parametrize(
+    ("number", "world", "workers"),
+    (
+        pytest.param(signal.SIGTERM, 1, 2, id="SIGTERM, 1 process"),
+        pytest.param(signal.SIGINT, 2, 2, id="SIGINT, 2 processes", marks=SLOW),
+        pytest.param(signal.SIGUSR1, 2, 2, id="SIGUSR1, 2 processes", marks=SLOW),
+        pytest.param(signal.SIGTERM, 3, 1, id="SIGTERM, 3 processes", marks=SLOW),
+    ),
+)
 def test_signal_to_everything(starter, reference, tmp_path, number, world, workers):
     """A signal to all processes and their data workers: workers live until the save is done, no orphans."""
     opts = (f"DATA.NUM_WORKERS={workers}", "PRINT_FREQ=1")

@@ -116,7 +116,8 @@ def test_published_file_is_fine(starter, reference, weights, tmp_path):
     assert results[0]["num_samples"] == VAL_IMAGES
     assert (results[0]["acc1"], results[0]["loss"]) == (results[1]["acc1"], results[1]["loss"])
     starter.run("--resume", str(path), "--weights", "ema", out=tmp_path, program="main_eval").assert_failed(
-        f"{path} holds no averaged weights")
+        f"{path} holds no averaged weights"
+    )
     starter.run("--resume", str(path), out=tmp_path).assert_failed("was not written by this project", "--pretrained")
 
 
@@ -179,8 +180,11 @@ def test_weights_that_are_no_numbers(starter, reference, tmp_path, door, value):
 
 @SLOW
 @pytest.mark.parametrize("door", ("--resume", "--pretrained", "main_eval --resume"))
-@pytest.mark.parametrize("url", ("https://example.org/weights.pth", "http://example.org/w.pth#sha256=" + 64 * "0"),
-                         ids=("no checksum", "no https"))
+@pytest.mark.parametrize(
+    "url",
+    ("https://example.org/weights.pth", "http://example.org/w.pth#sha256=" + 64 * "0"),
+    ids=("no checksum", "no https"),
+)
 def test_address_without_checksum(starter, tmp_path, door, url):
     """An address without https or checksum: refused before any connection."""
     program, flags = DOORS[door]

@@ -14,20 +14,26 @@ SLOW = pytest.mark.faults
 FAILURES = {
     "disk full": ("full_disk", {"limit": 300_000}, ("File too large", "after ")),
     # not even status.json fits: the reason must still be the last word
-    "disk full to the last byte": ("full_disk", {"limit": 300_000, "entirely": True},
-                                   ("File too large", "status.json could not be written: [Errno 28]")),
+    "disk full to the last byte": (
+        "full_disk",
+        {"limit": 300_000, "entirely": True},
+        ("File too large", "status.json could not be written: [Errno 28]"),
+    ),
     "unpicklable": ("unpicklable_entry", {}, ("this object cannot be pickled",)),
     "torch.save fails": ("failing_save", {"message": "the storage went away"}, ("the storage went away",)),
 }
 
 
-@pytest.mark.parametrize(("name", "world"), (
-    pytest.param("disk full", 2, id="disk full, 2 processes"),
-    pytest.param("disk full to the last byte", 1, id="disk full to the last byte", marks=SLOW),
-    pytest.param("unpicklable", 1, id="unpicklable object", marks=SLOW),
-    pytest.param("unpicklable", 2, id="unpicklable object, 2 processes", marks=SLOW),
-    pytest.param("torch.save fails", 3, id="torch.save fails, 3 processes", marks=SLOW),
-))
+@pytest.mark.parametrize(
+    ("name", "world"),
+    (
+        pytest.param("disk full", 2, id="disk full, 2 processes"),
+        pytest.param("disk full to the last byte", 1, id="disk full to the last byte", marks=SLOW),
+        pytest.param("unpicklable", 1, id="unpicklable object", marks=SLOW),
+        pytest.param("unpicklable", 2, id="unpicklable object, 2 processes", marks=SLOW),
+        pytest.param("torch.save fails", 3, id="torch.save fails, 3 processes", marks=SLOW),
+    ),
+)
 def test_failing_write_ends_all_processes(starter, reference, tmp_path, name, world):
     """A save fails on rank 0: all processes end with path and reason, older file intact, no leftovers."""
     fault, arguments, words = FAILURES[name]
@@ -94,8 +100,10 @@ def test_second_signal_while_saving(starter, reference, tmp_path):
 @SLOW
 def test_second_interrupt_while_saving(starter, reference, tmp_path):
     """Ctrl-C twice, the second one during the save: the run ends at once, older file intact, no leftovers."""
-    faults = [("slow_save", {"seconds": 1.0, "signals": [signal.SIGINT], "step": 4}),
-              ("send", {"number": signal.SIGINT, "step": 3})]
+    faults = [
+        ("slow_save", {"seconds": 1.0, "signals": [signal.SIGINT], "step": 4}),
+        ("send", {"number": signal.SIGINT, "step": 3}),
+    ]
     job = starter.run("TRAIN.SAVE_STEPS=2", out=tmp_path, faults=faults)
     assert job.codes != [0]
     assert steps(job.folder) == [2]

@@ -54,12 +54,16 @@ class Candidate:
         found = cls(name, precision=precision)
         for word in words:
             if word not in FORMS + PRECISIONS:
-                raise ValueError(f"{text!r}: {word!r} is neither a form ({', '.join(FORMS)}) nor a precision "
-                                 f"({', '.join(PRECISIONS)})")
+                raise ValueError(
+                    f"{text!r}: {word!r} is neither a form ({', '.join(FORMS)}) nor a precision "
+                    f"({', '.join(PRECISIONS)})"
+                )
             found = replace(found, **{"form" if word in FORMS else "precision": word})
         if not is_reference(name) and not timm.is_model(name):
-            raise ValueError(f"{text!r}: timm {timm.__version__} knows no model {name!r}; ours are "
-                             f"{', '.join(timm.list_models('strip_mlp*'))} and reference")
+            raise ValueError(
+                f"{text!r}: timm {timm.__version__} knows no model {name!r}; ours are "
+                f"{', '.join(timm.list_models('strip_mlp*'))} and reference"
+            )
         return found
 
     @property
@@ -130,8 +134,9 @@ def _in_form(network: nn.Module, candidate: Candidate, setting: Setting) -> nn.M
         network = network.to(memory_format=torch.channels_last)
     if candidate.form.startswith("inference"):
         if setting.mode == "train" or not hasattr(network, "to_inference"):
-            raise ValueError(f"{candidate.label}: the form 'inference' is for inference with a network that has "
-                             "to_inference()")
+            raise ValueError(
+                f"{candidate.label}: the form 'inference' is for inference with a network that has to_inference()"
+            )
         network = network.eval().to_inference()
     if candidate.form.endswith("compiled"):
         compile_model(network)
@@ -159,8 +164,9 @@ def _numerics(precision: str, device: torch.device) -> AbstractContextManager:
 def _step(network: nn.Module, images: torch.Tensor, candidate: Candidate) -> Callable[[], None]:
     """A training step: cross-entropy and AdamW, fused except for the plain formulation, which is as published."""
     device = images.device
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05,
-                                  fused=not is_reference(candidate.name))
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=1e-4, weight_decay=0.05, fused=not is_reference(candidate.name)
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=candidate.precision == "fp16")
     targets = torch.arange(len(images), device=device) % 10
 

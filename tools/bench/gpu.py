@@ -44,16 +44,34 @@ def gpu_tables(
     """
     stopwatch = Stopwatch(device)
     folds = all(hasattr(build_network(variant, img_size), "to_inference") for variant in variants)
-    settings = [Setting(mode, batch, img_size, device, channels_last=True)
-                for batch in batches for mode in ("train", "infer") if not (mode == "train" and batch == 1)]
+    settings = [
+        Setting(mode, batch, img_size, device, channels_last=True)
+        for batch in batches
+        for mode in ("train", "infer")
+        if not (mode == "train" and batch == 1)
+    ]
     for precision in precisions:
         for setting in settings:
-            ours, theirs = ([Candidate(name, form, precision) for name in names
-                             for form in _forms(setting, compiled, folds and names is variants)]
-                            for names in (variants, baselines))
+            ours, theirs = (
+                [
+                    Candidate(name, form, precision)
+                    for name in names
+                    for form in _forms(setting, compiled, folds and names is variants)
+                ]
+                for names in (variants, baselines)
+            )
             torch._dynamo.reset()  # the graphs of the tables before are not needed any more
-            finished(model_table(ours, theirs, setting, stopwatch=stopwatch, rounds=rounds, min_seconds=0.5,
-                                 memory=device.type == "cuda"))
+            finished(
+                model_table(
+                    ours,
+                    theirs,
+                    setting,
+                    stopwatch=stopwatch,
+                    rounds=rounds,
+                    min_seconds=0.5,
+                    memory=device.type == "cuda",
+                )
+            )
             if precision == precisions[0]:
                 torch._dynamo.reset()
                 finished(group_table([c for c in (*ours, *theirs) if c.name in (variants[0], *baselines)], setting))

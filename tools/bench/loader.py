@@ -101,25 +101,35 @@ def loader_table(configs: dict[str, CfgNode], *, train: bool, rounds: int, devic
         cpu, wall, transform = zip(*times[name][1:], strict=True)
         base_cpu, base_wall, _ = zip(*times[first][1:], strict=True)
         spread = Spread.of([1 / t for t in cpu])
-        rows.append({
-            "label": name,
-            "images_per_second_core": spread.median,
-            "spread": f"{spread.low:.3g} - {spread.high:.3g}",
-            "ratio": _ratio(cpu, base_cpu),
-            "images_per_second": 1 / Spread.of(wall).median,
-            "wall_ratio": _ratio(wall, base_wall),
-            "transform_ms": 1000 * Spread.of(transform).median,
-            "cpu_seconds": cpu,
-            "wall_seconds": wall,
-        })
+        rows.append(
+            {
+                "label": name,
+                "images_per_second_core": spread.median,
+                "spread": f"{spread.low:.3g} - {spread.high:.3g}",
+                "ratio": _ratio(cpu, base_cpu),
+                "images_per_second": 1 / Spread.of(wall).median,
+                "wall_ratio": _ratio(wall, base_wall),
+                "transform_ms": 1000 * Spread.of(transform).median,
+                "cpu_seconds": cpu,
+                "wall_seconds": wall,
+            }
+        )
     config = configs[first]
-    columns = [("", "label"), ("images/s a core", "images_per_second_core"), ("min - max", "spread"),
-               (f"x {first}", "ratio"), ("images/s", "images_per_second"), (f"x {first}", "wall_ratio"),
-               (f"ms an image on the {device.type}", "transform_ms")]
+    columns = [
+        ("", "label"),
+        ("images/s a core", "images_per_second_core"),
+        ("min - max", "spread"),
+        (f"x {first}", "ratio"),
+        ("images/s", "images_per_second"),
+        (f"x {first}", "wall_ratio"),
+        (f"ms an image on the {device.type}", "transform_ms"),
+    ]
     count = len(pipelines[first].loader.dataset)
-    title = (f"{'training' if train else 'evaluation'} loader, {count} images, batch {config.DATA.BATCH_SIZE}, "
-             f"{config.DATA.IMG_SIZE} pixels, {config.DATA.NUM_WORKERS} worker(s), {rounds} interleaved epochs; "
-             "a core: CPU time; then wall time")
+    title = (
+        f"{'training' if train else 'evaluation'} loader, {count} images, batch {config.DATA.BATCH_SIZE}, "
+        f"{config.DATA.IMG_SIZE} pixels, {config.DATA.NUM_WORKERS} worker(s), {rounds} interleaved epochs; "
+        "a core: CPU time; then wall time"
+    )
     return Table(title, columns, rows)
 
 

@@ -56,8 +56,10 @@ def end_to_end_table(cfg: Path, overrides: dict, opts: Sequence[str], *, updates
         with start_run(config) as run:
             session = main.build_session(config, run, _AfterUpdates(updates))
             if session.updates_per_epoch < updates:
-                raise ValueError(f"an epoch has {session.updates_per_epoch} updates, fewer than the {updates} asked "
-                                 "for; give fewer --updates, a smaller --batch, or more images")
+                raise ValueError(
+                    f"an epoch has {session.updates_per_epoch} updates, fewer than the {updates} asked "
+                    "for; give fewer --updates, a smaller --batch, or more images"
+                )
             model, state = main.build_training(session)
             waits: list[float] = []
 
@@ -66,9 +68,11 @@ def end_to_end_table(cfg: Path, overrides: dict, opts: Sequence[str], *, updates
                 state.progress.epoch, state.progress.samples_seen = state.progress.epoch + 1, 0
 
             bare = _bare_step(session)
-            parts = {"bare step, random images": lambda: [bare() for _ in range(updates)],
-                     "training loop": loop,
-                     "loader alone": lambda: _drain(session.loader, updates * session.accumulation)}
+            parts = {
+                "bare step, random images": lambda: [bare() for _ in range(updates)],
+                "training loop": loop,
+                "loader alone": lambda: _drain(session.loader, updates * session.accumulation),
+            }
             times = _interleaved(parts, rounds)
             images = updates * session.accumulation * config.DATA.BATCH_SIZE
             return _table(times, images, waits[1:], session, updates)
@@ -115,30 +119,46 @@ def _drain(loader: DataLoader, batches: int) -> None:
             return
 
 
-def _table(
-    times: dict[str, list[float]], images: int, waits: Sequence[float], session: Session, updates: int
-) -> Table:
+def _table(times: dict[str, list[float]], images: int, waits: Sequence[float], session: Session, updates: int) -> Table:
     bare = times["bare step, random images"]
     rows = []
     for name, seconds in times.items():
         spread, ratio = Spread.of([images / t for t in seconds]), paired_ratio(seconds, bare)
         wait = f"{100 * statistics.median(waits):.0f} %" if name == "training loop" else None
-        rows.append({"label": name, "images_per_second": spread.median, "data_wait": wait, "seconds": seconds,
-                     "spread": f"{spread.low:.3g} - {spread.high:.3g}",
-                     "ratio": f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"})
+        rows.append(
+            {
+                "label": name,
+                "images_per_second": spread.median,
+                "data_wait": wait,
+                "seconds": seconds,
+                "spread": f"{spread.low:.3g} - {spread.high:.3g}",
+                "ratio": f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})",
+            }
+        )
     config = session.config
-    title = (f"end to end: {config.MODEL.NAME}, batch {config.DATA.BATCH_SIZE} x {session.accumulation}, "
-             f"{config.DATA.IMG_SIZE} pixels, {session.precision.description}, {session.loader.num_workers} worker(s), "
-             f"{torch.get_num_threads()} thread(s), {len(bare)} interleaved rounds of {updates} updates, wall time")
-    columns = [("", "label"), ("images/s", "images_per_second"), ("min - max", "spread"), ("x bare step", "ratio"),
-               ("data wait", "data_wait")]
+    title = (
+        f"end to end: {config.MODEL.NAME}, batch {config.DATA.BATCH_SIZE} x {session.accumulation}, "
+        f"{config.DATA.IMG_SIZE} pixels, {session.precision.description}, {session.loader.num_workers} worker(s), "
+        f"{torch.get_num_threads()} thread(s), {len(bare)} interleaved rounds of {updates} updates, wall time"
+    )
+    columns = [
+        ("", "label"),
+        ("images/s", "images_per_second"),
+        ("min - max", "spread"),
+        ("x bare step", "ratio"),
+        ("data wait", "data_wait"),
+    ]
     return Table(title, columns, rows)
 
 
 def startup_table(rounds: int) -> Table:
     """Seconds from the command to the first update of the quickstart, with its milestones."""
-    milestones = {"imports, process group, log": " command: ", "data": " data: ", "model": " update: ",
-                  "first update": " update 1/"}
+    milestones = {
+        "imports, process group, log": " command: ",
+        "data": " data: ",
+        "model": " update: ",
+        "first update": " update 1/",
+    }
     seen: dict[str, list[float]] = {name: [] for name in milestones}
     libraries = []
     _first_update(milestones)  # from now on the files are in memory
@@ -162,8 +182,18 @@ def _seconds(times: Sequence[float]) -> dict[str, object]:
 def _first_update(milestones: dict[str, str]) -> dict[str, float]:
     """Start the quickstart, note when each milestone's text appears in its log, and end it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-u", "main.py", "--cfg", str(QUICKSTART), "--output", folder,
-                   "--opts", "PRINT_FREQ", "1"]
+        command = [
+            sys.executable,
+            "-u",
+            "main.py",
+            "--cfg",
+            str(QUICKSTART),
+            "--output",
+            folder,
+            "--opts",
+            "PRINT_FREQ",
+            "1",
+        ]
         start, found = time.perf_counter(), {}
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:

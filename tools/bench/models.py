@@ -36,25 +36,46 @@ def model_table(
     """
     contestants = list(dict.fromkeys([*candidates, *baselines]))
     workloads, peaks = _prepare(contestants, setting, memory=memory)
-    times = dict(zip(contestants, measure_paired([w.run for w in workloads], stopwatch, rounds=rounds,
-                                                 min_seconds=min_seconds), strict=True))
+    times = dict(
+        zip(
+            contestants,
+            measure_paired([w.run for w in workloads], stopwatch, rounds=rounds, min_seconds=min_seconds),
+            strict=True,
+        )
+    )
     roofs = {p: measure_roof(setting.device, p) for p in {c.precision for c in contestants}}
     rows = []
     for contestant, peak in zip(contestants, peaks, strict=True):
         row = _row(contestant, times, [b for b in baselines if b != contestant], setting)
-        floor = floor_seconds(work_of(contestant.name, setting.img_size), roofs[contestant.precision],
-                              train=setting.mode == "train", batch=setting.batch, precision=contestant.precision)
+        floor = floor_seconds(
+            work_of(contestant.name, setting.img_size),
+            roofs[contestant.precision],
+            train=setting.mode == "train",
+            batch=setting.batch,
+            precision=contestant.precision,
+        )
         row["floor_images_per_second"] = setting.batch / floor
         row["floor_share"] = f"{100 * floor / Spread.of(times[contestant]).median:.0f} %"
         row["memory_mib"] = None if peak is None else round(peak / MIB)
         rows.append(row)
     memory_heading = "peak MiB" if setting.device.type == "cuda" else "growth MiB"
-    columns = [("", "label"), ("images/s", "images_per_second"), ("min - max", "images_per_second_spread"),
-               ("ms", "milliseconds"), *((f"x {b.label}", f"ratio {b.label}") for b in baselines),
-               ("floor images/s", "floor_images_per_second"), ("of floor", "floor_share"),
-               *([(memory_heading, "memory_mib")] if memory else [])]
-    return Table(_title(setting, stopwatch, rounds), columns, rows, notes=[_roof_note(p, r) for p, r in roofs.items()],
-                 facts={"mode": setting.mode, "batch": setting.batch, "img_size": setting.img_size})
+    columns = [
+        ("", "label"),
+        ("images/s", "images_per_second"),
+        ("min - max", "images_per_second_spread"),
+        ("ms", "milliseconds"),
+        *((f"x {b.label}", f"ratio {b.label}") for b in baselines),
+        ("floor images/s", "floor_images_per_second"),
+        ("of floor", "floor_share"),
+        *([(memory_heading, "memory_mib")] if memory else []),
+    ]
+    return Table(
+        _title(setting, stopwatch, rounds),
+        columns,
+        rows,
+        notes=[_roof_note(p, r) for p, r in roofs.items()],
+        facts={"mode": setting.mode, "batch": setting.batch, "img_size": setting.img_size},
+    )
 
 
 def _prepare(
@@ -98,10 +119,14 @@ def _row(
 def _title(setting: Setting, stopwatch: Stopwatch, rounds: int) -> str:
     what = "training step" if setting.mode == "train" else "inference"
     order = "channels_last" if setting.channels_last else "contiguous"
-    return (f"{what}, batch {setting.batch}, {setting.img_size} x {setting.img_size}, {order} images, fp32 unless "
-            f"said, {torch.get_num_threads()} thread(s), {stopwatch.clock}, {rounds} interleaved rounds")
+    return (
+        f"{what}, batch {setting.batch}, {setting.img_size} x {setting.img_size}, {order} images, fp32 unless "
+        f"said, {torch.get_num_threads()} thread(s), {stopwatch.clock}, {rounds} interleaved rounds"
+    )
 
 
 def _roof_note(precision: str, roof: Any) -> str:
-    return (f"{precision}: matrix product {roof.flops / 1e9:,.0f} GFLOP/s, copy {roof.bytes / 1e9:,.0f} GB/s, measured "
-            "here; the floor is the longer of arithmetic and memory traffic (tools/bench/floor.py)")
+    return (
+        f"{precision}: matrix product {roof.flops / 1e9:,.0f} GFLOP/s, copy {roof.bytes / 1e9:,.0f} GB/s, measured "
+        "here; the floor is the longer of arithmetic and memory traffic (tools/bench/floor.py)"
+    )

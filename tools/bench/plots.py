@@ -18,6 +18,7 @@ PUBLISHED = {
     "resnet50": ("ResNet-50", 80.4),
 }
 
+
 def plot_shares(table: Table, path: Path) -> None:
     """Draw a table of ``tools.bench.profile`` as one bar for each candidate."""
     from matplotlib import colormaps
@@ -55,8 +56,13 @@ def plot_accuracy(table: Table, path: Path) -> bool:
             axes.plot(*zip(*points, strict=True), "o-" if ours else "s", label="this repository" if ours else "timm")
     for name, row in fastest.items():
         form = "" if row["form"] == "eager" else f" ({row['form']})"
-        axes.annotate(PUBLISHED[name][0] + form, (row["images_per_second"], PUBLISHED[name][1]),
-                      textcoords="offset points", xytext=(6, 6), fontsize=8)
+        axes.annotate(
+            PUBLISHED[name][0] + form,
+            (row["images_per_second"], PUBLISHED[name][1]),
+            textcoords="offset points",
+            xytext=(6, 6),
+            fontsize=8,
+        )
     axes.margins(0.3, 0.18)  # room for the names
     axes.set_xlabel(f"measured images/s: {table.title}", fontsize=8)
     axes.set_ylabel("ImageNet-1K top-1 (%)\nas the papers report it, not measured here", fontsize=8)

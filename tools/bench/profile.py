@@ -22,8 +22,22 @@ _GROUPS = {
     "activation, softmax": ("gelu", "relu", "softmax", "sigmoid"),
     "optimizer": ("adam", "sgd"),
     "copy, layout": ("copy", "cat", "stack", "clone", "contiguous", "permute", "to_copy", "pad", "roll", "memcpy"),
-    "sum, product": ("add", "mul", "sub", "div", "sum", "mean", "pow", "sqrt", "where", "fill", "zero", "elementwise",
-                     "reduce", "vectorized"),
+    "sum, product": (
+        "add",
+        "mul",
+        "sub",
+        "div",
+        "sum",
+        "mean",
+        "pow",
+        "sqrt",
+        "where",
+        "fill",
+        "zero",
+        "elementwise",
+        "reduce",
+        "vectorized",
+    ),
 }
 _OTHER = "other"
 
@@ -62,8 +76,10 @@ def group_table(candidates: Sequence[Candidate], setting: Setting) -> Table:
             row[f"{label} seconds"] = own
         rows.append(row)
     what = "training step" if setting.mode == "train" else "inference"
-    title = (f"{what}, batch {setting.batch}: milliseconds of one call by kind of operation, self time "
-             "(torch.profiler, which slows down small operations)")
+    title = (
+        f"{what}, batch {setting.batch}: milliseconds of one call by kind of operation, self time "
+        "(torch.profiler, which slows down small operations)"
+    )
     return Table(title, [("", "label"), *((label, label) for label in shares)], rows)
 
 
@@ -112,8 +128,10 @@ def _times_of_parts(network: StripMLPNet, setting: Setting, repeats: int) -> dic
         with FlopCounterMode(display=False) as counter:
             network(images)
         flops = counter.get_flop_counts()
-        operations = {part: sum(sum(flops.get(_counter_name(network, m), {}).values()) for m in modules)
-                      for part, modules in parts.items()}
+        operations = {
+            part: sum(sum(flops.get(_counter_name(network, m), {}).values()) for m in modules)
+            for part, modules in parts.items()
+        }
         for _ in range(repeats):
             _timed_pass(network, images, parts, spent)
     seconds = {part: min(times) for part, times in spent.items()}
@@ -145,6 +163,7 @@ def _timed_pass(
 
     handles = []
     for part, modules in parts.items():
+
         def leave(*_: Any, part: str = part) -> None:
             sums[part] += now() - starts.pop()
 

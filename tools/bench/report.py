@@ -42,8 +42,12 @@ class Table:
         lines = [[heading for heading, _ in self.columns]]
         lines += [[_cell(row.get(key)) for _, key in self.columns] for row in self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        aligned = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                             for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
+        aligned = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
         return "\n".join(["", self.title, *aligned, *self.notes])
 
 
@@ -87,8 +91,9 @@ def _cpu_model() -> str:
 
 def _commit() -> str:
     """Abbreviated commit of the code, with a mark if files differ from it."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown (no git repository)"
 
 
