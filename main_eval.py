@@ -19,14 +19,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import build_batch_transform, build_val_loader, check_data
 from models import build_model, from_published
-from utils.checkpoint_io import resolve_source, sha256
-from utils.cli import parse
-from utils.evaluation import evaluate, measure_throughput
-from utils.metrics import write_text_atomic
-from utils.precision import build_precision
-from utils.pretrained import load_weights
-from utils.resume import check_classes, warn_preprocessing
-from utils.runtime import Run, start_run
+from utils.checkpoint.files import resolve_source, sha256
+from utils.checkpoint.resume import check_classes, warn_preprocessing
+from utils.checkpoint.weights import load_weights
+from utils.config.cli import parse
+from utils.runtime.start import Run, start_run
+from utils.training.evaluation import evaluate, measure_throughput
+from utils.training.precision import build_precision
+from utils.training.records import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,12 @@ import torch
 from torch.utils.data import Sampler
 from yacs.config import CfgNode
 
-from utils.distributed import get_rank, get_world_size
-
-from .datasets import ImageDataset, build_dataset
-from .processes import usable_cores
-from .samplers import EvalShardSampler, TrainSampler
-from .seeding import integer_seed
-from .workers import ImageLoader
+from data.dataset import ImageDataset, build_dataset
+from data.loading.loader import ImageLoader
+from data.loading.samplers import EvalShardSampler, TrainSampler
+from utils.runtime.distributed import get_rank, get_world_size
+from utils.runtime.processes import usable_cores
+from utils.runtime.random_state import integer_seed
 
 
 def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:

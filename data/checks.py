@@ -6,10 +6,9 @@ import numpy as np
 from PIL import ImageFile
 from yacs.config import CfgNode
 
-from utils.distributed import get_world_size
-
-from .batch_transform import mixes
-from .datasets import ImageDataset
+from data.dataset import ImageDataset
+from data.images.batch import mixes
+from utils.runtime.distributed import get_world_size
 
 _SHOWN = 5  # names in a message
 

@@ -17,10 +17,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .depthwise import DepthwiseConv2d
+from .fast.autograd import channels_last_gradient, gelu_grn, norm_gelu, weighted_sum
+from .fast.depthwise import DepthwiseConv2d
+from .fast.linear_chain import Step, linear_chain
 from .layers import GRN, ChannelLayerNorm, PointwiseLinear, add_residual
-from .lean import channels_last_gradient, gelu_grn, norm_gelu, weighted_sum
-from .linear_chain import Step, linear_chain
 
 
 class RelativePosition(nn.Module):

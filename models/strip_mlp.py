@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .blocks import StripMLPBlock
 from .checkpoint_compat import from_published
-from .inference import InferenceStripMLP
+from .fast.inference import InferenceStripMLP
 from .layers import checkpointed, downsample, drop_path_rates, square_side
 
 __all__ = ["StripMLPNet"]

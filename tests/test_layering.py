@@ -10,8 +10,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("models", "data", "utils")
 PROJECT = (*PACKAGES, "main", "main_eval", "tools", "tests", "hubconf", "categories101_train_val_split")
 COMMAND_LINE_FILES = ("main.py", "main_eval.py", "categories101_train_val_split.py", "tools/")
-LEAVES = ("utils.distributed", "utils.logger", "utils.config")  # utils.config includes utils.config_*
-CONFIG_LIBRARIES = {"yacs", "yaml"}
+# Who may import whom: importer -> what it may import of ours besides its own package. The longest prefix counts.
+MAY_IMPORT = {
+    "models": (),
+    "data": ("utils.config", "utils.runtime", "utils.errors"),
+    "utils.errors": (),
+    "utils.config": ("utils.errors",),
+    "utils.runtime": ("utils.config", "utils.errors"),
+    "utils.training": ("utils.runtime", "utils.config", "utils.errors"),
+    "utils.checkpoint": ("utils.training", "utils.runtime", "utils.config", "utils.errors"),
+    "utils.session": ("utils",),
+    "utils": (),
+}
 
 FOLDERS = [ROOT / name for name in (*PACKAGES, "tools", "tests")]
 FILES = sorted(
@@ -40,18 +50,14 @@ def imported_modules(name: str) -> set[str]:
     return found
 
 
-def is_config(module: str) -> bool:
-    return module == "utils.config" or module.startswith("utils.config_")
+def inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def may_import(importer: str, module: str) -> bool:
     """Whether the package file ``importer`` (a dotted name) may import the project's module."""
-    package, target = importer.split(".")[0], module.split(".")[0]
-    if target not in PACKAGES:
-        return False  # nobody imports the programs, the tools or the tests
-    if importer in LEAVES or is_config(importer):
-        return is_config(importer) and is_config(module)
-    return package == target or (package == "data" and module == "utils.distributed")
+    own = max((package for package in MAY_IMPORT if inside(importer, package)), key=len)
+    return any(inside(module, package) for package in (own, *MAY_IMPORT[own]))
 
 
 @pytest.mark.parametrize("name", PACKAGE_FILES)
@@ -62,11 +68,17 @@ def test_who_may_import_whom(name):
 
 
 def test_config_needs_no_torch():
-    for name in (name for name in PACKAGE_FILES if is_config(name.removesuffix(".py").replace("/", "."))):
+    for name in (name for name in PACKAGE_FILES if name.startswith("utils/config/")):
         roots = {module.split(".")[0] for module in imported_modules(name)}
-        assert "torch" not in roots
-        assert roots & {"numpy", "timm", "torchvision"} == set()
-        assert CONFIG_LIBRARIES & roots or name.endswith("_values.py")
+        assert roots & {"torch", "numpy", "timm", "torchvision"} == set(), name
+
+
+def test_who_may_import_whom_is_decided_by_the_longest_prefix():
+    assert may_import("utils.runtime.start", "utils.config")
+    assert not may_import("utils.runtime.start", "utils.training.guard")
+    assert not may_import("utils.config.loading", "utils.runtime.files")
+    assert not may_import("data.build", "utils.training.guard")
+    assert not may_import("models.blocks", "utils.errors")
 
 
 def test_the_model_package_imports_itself_relatively():

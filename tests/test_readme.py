@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.cli import build_parser
 from utils.config import load_config
+from utils.config.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

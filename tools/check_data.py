@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
-from data.image_io import ImageReadError, decode_image, jpeg_complaint
-from data.processes import usable_cores
+from data.images.decode import ImageReadError, decode_image, jpeg_complaint
+from utils.runtime.processes import usable_cores
 
 _CHUNK = 64  # files a task
 

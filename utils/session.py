@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.checkpoint import Progress, TrainState
-from utils.checkpoint_store import CheckpointStore
-from utils.distributed import gather_objects
-from utils.lr_scheduler import global_batch_size
-from utils.precision import Precision
-from utils.runtime import Run
-from utils.signals import StopRequest
+from utils.checkpoint.capture import Progress, TrainState
+from utils.checkpoint.store import CheckpointStore
+from utils.runtime.distributed import gather_objects
+from utils.runtime.signals import StopRequest
+from utils.runtime.start import Run
+from utils.training.lr_scheduler import global_batch_size
+from utils.training.precision import Precision
 
 
 @dataclass(frozen=True)

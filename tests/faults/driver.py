@@ -27,9 +27,9 @@ def execute(request: dict) -> None:
         runpy.run_path(str(ROOT / f"{program}.py"), run_name="__main__")
         return
     from tests.faults import injections
-    from utils import metrics
+    from utils.training import records
 
-    metrics.plot_curves = lambda *_: None  # drawing takes longer than the training here
+    records.plot_curves = lambda *_: None  # drawing takes longer than the training here
     for name, arguments in request["faults"]:
         getattr(injections, name)(**arguments)
     importlib.import_module(program).main()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.checkpoint_io import load_checkpoint
+from utils.checkpoint.files import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("driver.py")

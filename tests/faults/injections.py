@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 import main
-from data.sources import FolderSource
-from utils import checkpoint_store, replay, runtime
+from data.sources.base import FolderSource
+from utils.checkpoint import dump, store
+from utils.runtime import start as runtime
 
 
 def _rank() -> int:
@@ -203,7 +204,7 @@ def full_disk(step: int, limit: int, *, entirely: bool = False) -> None:
 
     ``entirely`` refuses status.json too.
     """
-    original = checkpoint_store.write_checkpoint
+    original = store.write_checkpoint
 
     def refuse(path, _text) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -215,7 +216,7 @@ def full_disk(step: int, limit: int, *, entirely: bool = False) -> None:
                 runtime.write_text_atomic = refuse
         original(path, payload)
 
-    checkpoint_store.write_checkpoint = write_checkpoint
+    store.write_checkpoint = write_checkpoint
 
 
 def _while_reading(index: int, action) -> None:
@@ -287,8 +288,8 @@ def dump_update(step: int) -> None:
 
     def check_finite(state, session) -> None:
         if "payload" in kept:
-            replay.capture = lambda *_: kept.pop("payload")
-            replay.write_dump(state, session.facts, session.run.output_dir, session.loader.dataset.sample_name)
+            dump.capture = lambda *_: kept.pop("payload")
+            dump.write_dump(state, session.facts, session.run.output_dir, session.loader.dataset.sample_name)
 
     _before_update(keep)
     main.check_finite = check_finite

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.faults.harness import BEST, LAST, assert_same_state, run_folder, state_hash, step_file, steps
-from utils.checkpoint_io import load_checkpoint
+from utils.checkpoint.files import load_checkpoint
 
 SLOW = pytest.mark.faults
 STEPS = ("TRAIN.SAVE_STEPS=4",)

@@ -15,7 +15,7 @@ from tests.faults.harness import (
     step_file,
     steps,
 )
-from utils.checkpoint_io import load_checkpoint
+from utils.checkpoint.files import load_checkpoint
 
 SLOW = pytest.mark.faults
 PLAIN = ("TRAIN.AMP=off", "TRAIN.EMA_DECAY=0.0", "TRAIN.OPTIMIZER.NAME=sgd", "AUG.MIXUP=0", "AUG.CUTMIX=0")

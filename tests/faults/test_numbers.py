@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.faults.harness import BEST, ROOT, leftovers, step_file, steps
-from utils.checkpoint_io import first_nonfinite, load_checkpoint
+from utils.checkpoint.files import first_nonfinite, load_checkpoint
 
 SLOW = pytest.mark.faults
 ONE_EPOCH = ("TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0")

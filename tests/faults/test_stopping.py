@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.faults.harness import LAST, assert_same_state, leftovers, run_folder, steps
-from utils.checkpoint_io import load_checkpoint
+from utils.checkpoint.files import load_checkpoint
 
 SLOW = pytest.mark.faults
 SLOWLY = ("slow_updates", {"seconds": 0.2})

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from models import to_published
 from tests.faults.harness import LAST, VAL_IMAGES, state_hash
-from utils.checkpoint_io import load_checkpoint
+from utils.checkpoint.files import load_checkpoint
 
 SLOW = pytest.mark.faults
 DOORS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import LAST, assert_same_state, leftovers, run_folder, step_file, steps
-from utils.checkpoint_io import load_checkpoint, verify_checkpoint
+from utils.checkpoint.files import load_checkpoint, verify_checkpoint
 
 SLOW = pytest.mark.faults
 

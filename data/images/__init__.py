@@ -1,0 +1,1 @@
+"""What happens to pixels: decoding, resizing, augmentation, batches on the device."""

@@ -1,0 +1,114 @@
+"""What happens to a whole batch on the device: normalisation, random erasing, mixup and cutmix, in this order."""
+
+import torch
+from timm.data import Mixup
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from yacs.config import CfgNode
+
+from data.images.erasing import RandomErasing
+from utils.runtime.random_state import seeded_streams
+
+_MIX_MODES = ("batch", "pair", "elem")
+
+
+class BatchTransform:
+    """Make a loader's batch ready for the model.
+
+    uint8 images are normalised with ImageNet's mean and deviation (for every data set, as published) and, in training,
+    randomly erased; float images come from the reference pipeline, which has done both. Then, in training, timm's
+    Mixup mixes images and labels. The global random streams are left alone.
+
+    Args:
+        device: where the batch goes.
+        erasing: random erasing, or None.
+        mixup: timm's Mixup, or None.
+        seed, rank: seed of the run and rank of this process, for mixup.
+
+    Attributes:
+        mixes: whether targets come out as class distributions (B, num_classes) instead of labels (B,).
+    """
+
+    def __init__(
+        self, device: torch.device, *, erasing: RandomErasing | None, mixup: Mixup | None, seed: int, rank: int
+    ) -> None:
+        self.device = device
+        self.mixes = mixup is not None
+        self._erasing = erasing
+        self._mixup = mixup
+        self._seed = seed
+        self._rank = rank
+        self._mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(1, 3, 1, 1)
+
+    def __call__(
+        self, images: Tensor, targets: Tensor, indices: Tensor, *, epoch: int = 0, update: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return (float images, targets) on the device.
+
+        Args:
+            images: (B, 3, S, S), uint8 in 0..255 or normalised float.
+            targets: int64 (B,).
+            indices: int64 (B,) on the CPU, indices of the samples in their data set.
+            epoch: seeds the erasing, together with each index.
+            update: number of the optimizer update; seeds the mixing, together with rank, epoch and the first index
+                (so that the batches of one accumulated update are mixed differently).
+
+        Raises:
+            ValueError: an odd batch under mixup.
+        """
+        raw = images.dtype == torch.uint8
+        images = images.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        if raw:
+            # the order of ToTensor and Normalize, so that the values are theirs to the last bit
+            images = images.float().div_(255).sub_(self._mean).div_(self._std)
+            if self._erasing is not None:
+                images = self._erasing(images, indices, epoch=epoch)
+        if self._mixup is None:
+            return images, targets
+        if len(images) % 2:
+            raise ValueError(
+                f"mixup pairs the images of a batch: DATA.BATCH_SIZE must be even, this batch has {len(images)}"
+            )
+        with seeded_streams(self._seed, self._rank, epoch, update, int(indices[0])):
+            return self._mixup(images, targets)
+
+
+def build_batch_transform(
+    config: CfgNode, *, is_train: bool, device: torch.device | str, rank: int = 0
+) -> BatchTransform:
+    """Return the batch transform of the configuration; evaluation only moves and normalises.
+
+    Raises:
+        ValueError: unknown AUG.REMODE or AUG.MIXUP_MODE.
+    """
+    erasing = mixup = None
+    if is_train and config.AUG.REPROB > 0:
+        aug = config.AUG
+        erasing = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, seed=config.SEED)
+    if is_train and mixes(config):
+        mixup = _timm_mixup(config)
+    return BatchTransform(torch.device(device), erasing=erasing, mixup=mixup, seed=config.SEED, rank=rank)
+
+
+def mixes(config: CfgNode) -> bool:
+    """Whether the configuration asks for mixup or cutmix in training."""
+    aug = config.AUG
+    return aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
+
+
+def _timm_mixup(config: CfgNode) -> Mixup:
+    aug = config.AUG
+    if aug.MIXUP_MODE not in _MIX_MODES:
+        raise ValueError(f"AUG.MIXUP_MODE is {aug.MIXUP_MODE!r}; known: {', '.join(_MIX_MODES)}")
+    return Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=config.MODEL.NUM_CLASSES,
+    )

@@ -1,0 +1,1 @@
+"""Who fetches what, and when: order, worker processes, batches."""

@@ -1,0 +1,88 @@
+"""Order of the samples: resumable and sharded for training, unpadded for evaluation."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from utils.runtime.random_state import integer_seed
+
+
+class TrainSampler(Sampler[tuple[int, int]]):
+    """One rank's share of a random order that depends on ``(seed, epoch)`` only.
+
+    The order of an epoch is one permutation of all samples. Consecutive runs of ``batch_size * world_size`` samples
+    form the global batches; rank ``r`` takes every ``world_size``-th sample from ``r`` on. The progress is a number of
+    samples, not of batches, so an interrupted epoch can be continued with another batch size or number of processes
+    and still uses no sample twice.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples per process and batch.
+        seed: seed of the run, the same on all ranks.
+        rank, world_size: this process and the number of processes.
+
+    Raises:
+        ValueError: a size that is not positive, or a rank outside ``[0, world_size)``.
+    """
+
+    def __init__(self, num_samples: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if min(num_samples, batch_size, world_size) < 1 or not 0 <= rank < world_size or seed < 0:
+            raise ValueError(
+                f"TrainSampler needs positive sizes, a non-negative seed and 0 <= rank < world_size; got num_samples="
+                f"{num_samples}, batch_size={batch_size}, seed={seed}, rank={rank}, world_size={world_size}"
+            )
+        self.num_samples = num_samples
+        self.global_batch = batch_size * world_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.samples_seen = 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole global batches in an uninterrupted epoch; the rest of the samples waits for another permutation."""
+        return self.num_samples // self.global_batch
+
+    def set_progress(self, epoch: int, samples_seen: int = 0) -> None:
+        """Choose the epoch, and how many of its samples all ranks together have used already.
+
+        Raises:
+            ValueError: a negative epoch, or more samples than the data set has.
+        """
+        if epoch < 0 or not 0 <= samples_seen <= self.num_samples:
+            raise ValueError(
+                f"no such progress: epoch {epoch}, {samples_seen} samples seen of {self.num_samples} (the data set "
+                "must be the one that the checkpoint was trained on)"
+            )
+        self.epoch = epoch
+        self.samples_seen = samples_seen
+
+    def __len__(self) -> int:
+        """Samples of this rank still to come in the epoch."""
+        return (self.num_samples - self.samples_seen) // self.global_batch * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(integer_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_samples, generator=generator)
+        remaining = order[self.samples_seen :][: len(self) * self.world_size]
+        epoch = self.epoch
+        for index in remaining[self.rank :: self.world_size].tolist():
+            yield epoch, index
+
+
+class EvalShardSampler(Sampler[int]):
+    """Every ``world_size``-th sample from ``rank`` on: all ranks together see each sample once, without padding."""
+
+    def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside [0, {world_size})")
+        self._indices = range(rank, num_samples, world_size)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)

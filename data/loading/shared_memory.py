@@ -1,0 +1,55 @@
+"""Items of different length in one block of memory that all data workers share, whatever their start method."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.runtime.distributed import get_local_world_size
+
+_MEMINFO = Path("/proc/meminfo")  # Linux
+_SHM = Path("/dev/shm")
+_USABLE_SHARE = 0.9
+
+
+class SharedItems:
+    """Fixed set of byte items in shared memory; the creator fills it once, before workers start.
+
+    Args:
+        lengths: bytes of each item; 0 = not stored.
+        purpose: configuration key that asked for the memory, for the error message.
+
+    Raises:
+        ValueError: the items do not fit into the free memory.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, purpose: str) -> None:
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        total = int(self._ends[-1])
+        available = free_memory() * _USABLE_SHARE / get_local_world_size()
+        if total > available:
+            raise ValueError(
+                f"{purpose} needs {total / 1e9:.2f} GB for each process, but only {available / 1e9:.2f} GB of memory "
+                "(or of /dev/shm, in a container: --shm-size) are free for it; switch it off or use a larger machine"
+            )
+        self._block = torch.empty(max(total, 1), dtype=torch.uint8).share_memory_()
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return item ``index`` as a writable view, uint8 (length,)."""
+        start = self._ends[index - 1] if index else 0
+        return self._block.numpy()[start : self._ends[index]]
+
+
+def free_memory() -> int:
+    """Bytes that shared memory can still take on this machine."""
+    if _MEMINFO.exists():  # counts reclaimable page cache as available, unlike sysconf
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        limits = [int(fields["MemAvailable"].split()[0]) * 1024]
+    else:
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if _SHM.is_dir():
+        statistics = os.statvfs(_SHM)
+        limits.append(statistics.f_bavail * statistics.f_frsize)
+    return min(limits)

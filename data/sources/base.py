@@ -1,0 +1,140 @@
+"""Where images come from: folders, arrays in memory. A source knows names, labels and how to read one image.
+
+Sources hold their lists in flat arrays. A Python list of a million paths would be copied page by page into every data
+worker, because reading a Python object writes its reference count.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from data.images.decode import ImageReadError, Picture, decode_image
+
+
+class Source(Protocol):
+    """What a data set needs to know about its images."""
+
+    classes: list[str]
+    targets: np.ndarray  # int64 (N,), label of each image
+    as_array: bool  # hand out arrays where that is faster, else always PIL images
+
+    def name(self, index: int) -> str:
+        """Where image ``index`` comes from, for messages."""
+
+    def load(self, index: int) -> Picture:
+        """Return image ``index`` as RGB. Raises ImageReadError (without the name) if it cannot be read."""
+
+    def fingerprint(self) -> str:
+        """Hash that changes when the images may have changed."""
+
+
+class EncodedSource(Source, Protocol):
+    """A source of image files."""
+
+    def read(self, index: int) -> bytes:
+        """Return the content of image file ``index``. Raises ImageReadError if it cannot be read."""
+
+
+class PackedStrings:
+    """Immutable sequence of strings in two arrays."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        encoded = [os.fsencode(s) for s in strings]
+        self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+
+class FolderSource:
+    """Images in ``root/CLASS/...``, listed as torchvision's ImageFolder lists them (classes in sorted order).
+
+    Args:
+        root: folder with one folder for each class.
+        as_array: decode with the fast decoder where possible (see ``decode_image``).
+
+    Raises:
+        FileNotFoundError: no such folder, no class folders, or no images.
+    """
+
+    def __init__(self, root: str | Path, *, as_array: bool) -> None:
+        self.root = Path(root)
+        self._prefix = os.path.join(root, "")
+        if not self.root.is_dir():
+            raise FileNotFoundError(
+                f"no folder {self.root}: DATA.DATA_PATH must hold train/CLASS/IMAGE and val/CLASS/IMAGE"
+            )
+        if not any(entry.is_dir() for entry in os.scandir(self.root)):
+            raise FileNotFoundError(f"{self.root} has no class folders: expected {self.root}/CLASS/IMAGE")
+        listing = ImageFolder(str(self.root), allow_empty=True)  # empty classes are reported by check_data
+        if not listing.samples:
+            raise FileNotFoundError(
+                f"{self.root} has {len(listing.classes)} class folders but no image (.jpg, .jpeg, .png, .ppm, .bmp, "
+                ".pgm, .tif, .tiff, .webp)"
+            )
+        self.classes = listing.classes
+        self.targets = np.array(listing.targets, dtype=np.int64)
+        self._paths = PackedStrings([os.path.relpath(path, self.root) for path, _ in listing.samples])
+        self.as_array = as_array
+
+    def name(self, index: int) -> str:
+        return self._prefix + self._paths[index]
+
+    def read(self, index: int) -> bytes:
+        try:
+            with open(self.name(index), "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            raise ImageReadError(f"{error.strerror} [{type(error).__name__}]") from error
+
+    def load(self, index: int) -> Picture:
+        return decode_image(self.read(index), as_array=self.as_array)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for index in range(len(self._paths)):
+            status = os.stat(self.name(index))
+            digest.update(f"{self._paths[index]}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="replace"))
+        return digest.hexdigest()
+
+
+class ArraySource:
+    """Images that are in memory already.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        targets: N labels.
+        classes: class names.
+        title: name of the data set, for messages (``title[17]``).
+        as_array: hand the images out as arrays, else as PIL images.
+    """
+
+    def __init__(
+        self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], *, title: str, as_array: bool
+    ) -> None:
+        self.images = images
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.classes = list(classes)
+        self._title = title
+        self.as_array = as_array
+
+    def name(self, index: int) -> str:
+        return f"{self._title}[{index}]"
+
+    def load(self, index: int) -> Picture:
+        pixels = self.images[index]
+        return pixels if self.as_array else Image.fromarray(pixels)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()

@@ -1,0 +1,68 @@
+"""Depthwise convolution with a weight gradient that suits the CPU's kernels; `models.fast.autograd` says where.
+
+Legend: B batch, C channels, H rows, W columns.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from .autograd import aten, channels_last, eager, product_dtype
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """Depthwise convolution on the CPU. Its weight gradient is taken for the middle of the kernel and its two sides.
+
+    oneDNN is several times faster for kernels at most 3 wide. Column j of the gradient pairs dL/dy with the input moved
+    by j - width // 2. For the three middle columns the padding of a 3 wide kernel does that. For the columns lo ..
+    hi - 1 of a side it is a narrow kernel over the input with width // 2 - lo zeros put to its left and
+    hi - 1 - width // 2 to its right, where a negative number cuts columns off.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, width = weight.shape[2] // 2, weight.shape[3]
+        middle = width // 2
+        grad, dweight = channels_last(grad), torch.empty_like(weight)
+
+        def gradients(x: Tensor, kernel: Tensor, padding: list[int], mask: list[bool]) -> tuple[Tensor, ...]:
+            return aten.convolution_backward(
+                grad, x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], len(kernel), mask
+            )
+
+        def columns(lo: int, hi: int, x: Tensor, padding: int) -> None:
+            dweight[..., lo:hi] = gradients(x, weight[..., lo:hi], [rows, padding], [False, True, False])[1]
+
+        columns(middle - 1, middle + 2, x, 1)
+        for lo, hi in ((0, middle - 1), (middle + 2, width)):
+            columns(lo, hi, F.pad(x, (middle - lo, hi - 1 - middle)), 0)
+        return gradients(x, weight, [rows, middle], [True, False, False])[0], dweight
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution with stride 1 and zeros around the map, without bias.
+
+    Args:
+        dim: channels C.
+        kernel_size: rows and columns of the kernel, odd.
+    Shape: (B, C, H, W) -> same.
+    """
+
+    def __init__(self, dim: int, kernel_size: tuple[int, int]) -> None:
+        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+        super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.kernel_size[1] > 3 and x.shape[3] > 1 and x.device.type == "cpu"
+        if wide and eager(x) and torch.is_grad_enabled() and self.weight.requires_grad:
+            dtype = product_dtype(x)
+            return _DepthwiseConv.apply(x.to(dtype), self.weight.to(dtype))
+        return super().forward(x)

@@ -1,0 +1,165 @@
+"""One sample: its own random state, its name in every error, its replacement if it cannot be read."""
+
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from data import ImageReadError, build_dataset, build_datasets, check_data
+from data.dataset import ImageDataset
+from tests.images import make_config, write_splits
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_splits(tmp_path)
+
+
+def streams():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("pipeline", ("fast", "reference"))
+def test_sample_depends_on_seed_epoch_and_index_only(folder, pipeline):
+    dataset = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline), is_train=True)
+    other_seed = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline, SEED=1), is_train=True)
+    first = np.asarray(dataset[0, 4][0])
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
+    assert np.array_equal(np.asarray(dataset[0, 4][0]), first)
+    assert not np.array_equal(np.asarray(dataset[1, 4][0]), first)
+    assert not np.array_equal(np.asarray(other_seed[0, 4][0]), first)
+    assert dataset[0, 4][1:] == (int(dataset.targets[4]), 4)
+
+
+def test_loading_leaves_the_random_streams_alone(folder):
+    train, val = build_datasets(make_config(DATA__DATA_PATH=folder))
+    before = streams()
+    train[2, 7], val[1]
+    assert streams() == before
+
+
+def test_evaluation_is_deterministic(folder):
+    val = build_dataset(make_config(DATA__DATA_PATH=folder), is_train=False)
+    assert np.array_equal(val[2][0], val[2][0])
+
+
+# --- images that cannot be read ---
+
+
+def break_files(dataset, *indices):
+    for index in indices:
+        with open(dataset.sample_name(index), "r+b") as file:
+            file.truncate(300)
+
+
+@pytest.mark.parametrize("pipeline", ("fast", "reference"))
+def test_error_names_path_index_and_class(folder, pipeline):
+    train, val = build_datasets(make_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline))
+    break_files(train, 6)
+    with pytest.raises(ImageReadError, match=r"train/dog/1\.jpg \(index 6, class 'dog'\): .*runcated.*BAD_IMAGES"):
+        train[0, 6]
+    break_files(val, 0)
+    with pytest.raises(ImageReadError, match=r"val/cat/0\.jpg \(index 0, class 'cat'\)"):
+        val[0]
+    assert train.bad_indices() == []
+
+
+def test_failing_transform_names_the_image_and_is_never_skipped(folder):
+    source = build_dataset(make_config(DATA__DATA_PATH=folder), is_train=True).source
+
+    def fail(_):
+        raise ZeroDivisionError("by design")
+
+    with pytest.raises(RuntimeError, match=r"train/cat/2\.jpg \(index 2, class 'cat'\): by design") as info:
+        ImageDataset(source, fail, seed=0, skip_bad=True)[0, 2]
+    assert not isinstance(info.value, ImageReadError)
+
+
+def test_skip_replaces_by_another_sample_of_the_same_epoch(folder, caplog):
+    config = make_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip")
+    dataset = build_dataset(config, is_train=True)
+    break_files(dataset, 3, 8)
+    with caplog.at_level(logging.WARNING):
+        image, target, index = dataset[5, 3]
+    assert index not in (3, 8)
+    assert target == dataset.targets[index]
+    assert np.array_equal(image, dataset[5, index][0]), "not the sample of that epoch"
+    assert dataset.bad_indices() in ([3], [3, 8])
+    messages = [record.message for record in caplog.records]
+    assert sum("(index 3," in message for message in messages) == 1, "logged once"
+    assert messages[0].startswith("skipped: cannot read image")
+    again = build_dataset(config, is_train=True)
+    assert again[5, 3][2] == index, "the replacement must not depend on what happened before"
+    assert len({dataset[epoch, 3][2] for epoch in range(12)}) > 3, "always the same replacement"
+
+
+def test_evaluation_never_skips(folder):
+    val = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip"), is_train=False)
+    break_files(val, 1)
+    with pytest.raises(ImageReadError, match="index 1"):
+        val[1]
+
+
+def test_skip_gives_up_when_the_storage_is_broken(folder):
+    dataset = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip"), is_train=True)
+    break_files(dataset, *range(15))
+    with pytest.raises(ImageReadError, match="gives up: 11 images could not be read, more than 10"):
+        dataset[0, 0]
+
+
+# --- checks before training ---
+
+
+def problems(config, train=None, val=None):
+    with pytest.raises(ValueError, match="the data cannot be used") as info:
+        check_data(config, train, val)
+    return str(info.value)
+
+
+def test_good_data_passes(folder):
+    config = make_config(DATA__DATA_PATH=folder)
+    check_data(config, *build_datasets(config))
+    check_data(config, None, build_dataset(config, is_train=False))
+
+
+def test_all_problems_are_listed_at_once(tmp_path):
+    write_splits(tmp_path)
+    (tmp_path / "train" / "zebra").mkdir()
+    (tmp_path / "val" / ".ipynb_checkpoints").mkdir()
+    config = make_config(DATA__DATA_PATH=tmp_path, MODEL__NUM_CLASSES=10, DATA__BATCH_SIZE=33)
+    text = problems(config, *build_datasets(config))
+    assert "train: 4 classes ('cat', 'dog', 'emu', 'zebra'), but MODEL.NUM_CLASSES is 10" in text
+    assert "train: 1 classes have no images: 'zebra'" in text
+    assert "val: hidden folders count as classes: '.ipynb_checkpoints'" in text
+    assert "only in train: 'zebra'; only in val: '.ipynb_checkpoints'" in text
+    assert "DATA.BATCH_SIZE 33 is larger than the 15 training images" in text
+    assert "DATA.BATCH_SIZE 33 is odd" in text
+    assert str(tmp_path) in text
+
+
+def test_batch_of_all_processes_must_fit(folder, monkeypatch):
+    monkeypatch.setattr("data.checks.get_world_size", lambda: 4)
+    config = make_config(DATA__DATA_PATH=folder)
+    assert "4 processes takes 16 images" in problems(config, *build_datasets(config))
+
+
+def test_odd_batch_is_fine_without_mixup(folder):
+    config = make_config(DATA__DATA_PATH=folder, DATA__BATCH_SIZE=3, AUG__MIXUP=0.0, AUG__CUTMIX=0.0)
+    check_data(config, *build_datasets(config))
+
+
+def test_labels_outside_the_classes_are_named(folder):
+    config = make_config(DATA__DATA_PATH=folder)
+    train = build_dataset(config, is_train=True)
+    train.targets[4] = -1
+    text = problems(config, train)
+    assert "1 labels are outside 0..2, the first is -1 of" in text
+    assert "cat/4.jpg" in text
+
+
+def test_tolerating_truncated_files_is_a_problem(folder, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    config = make_config(DATA__DATA_PATH=folder)
+    assert "LOAD_TRUNCATED_IMAGES" in problems(config, *build_datasets(config))

@@ -1,0 +1,1 @@
+"""What survives a crash: the training state in files, and the weights of others."""

@@ -1,0 +1,281 @@
+"""State of a training run: what survives a crash, how it is collected and put back."""
+
+import logging
+import random
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from utils.checkpoint.files import CheckpointError, first_nonfinite, load_checkpoint, verify_checkpoint
+from utils.runtime.distributed import gather_objects, get_rank, get_world_size
+from utils.training.evaluation import averaged_batchnorm
+from utils.training.guard import NonFiniteGuard, batchnorm_buffers
+from utils.training.records import RunningMeans
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+# Entries of a training state that are read, and their types: a file that lacks one is refused by name.
+_ENTRIES = {
+    "model": dict,
+    "ema": (dict, type(None)),
+    "optimizer": dict,
+    "scaler": dict,
+    "guard": dict,
+    "progress": dict,
+    "rank_state": list,
+    "world_size": int,
+    "config": str,
+}
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        global_step: optimizer updates done, skipped ones included.
+        epoch: epochs completed; also the index of the epoch in progress.
+        samples_seen: samples of the epoch in progress already used, over all processes.
+        best_acc1, best_epoch: best validation accuracy so far in percent, and after which epoch (-1: none yet).
+    """
+
+    global_step: int = 0
+    epoch: int = 0
+    samples_seen: int = 0
+    best_acc1: float = -1.0
+    best_epoch: int = -1
+
+
+@dataclass
+class TrainState:
+    """Everything that survives a crash. The schedule is a function of ``progress`` and has no state of its own."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    guard: NonFiniteGuard
+    means: RunningMeans
+    ema: ModelEmaV3 | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is evaluated and ranked: the averaged weights where there are any."""
+        return self.model if self.ema is None else self.ema.module
+
+
+def capture(state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
+    """Collect the state as tensors and plain types. Collective; call inside ``averaged_batchnorm``'s scope or not.
+
+    ``model`` and ``ema`` hold BatchNorm statistics averaged over the processes, for whoever evaluates the file;
+    ``rank_state`` holds each process's own, with its random streams, for the exact continuation.
+
+    Args:
+        state: the live state.
+        facts: further plain entries: config text, class names, preprocessing, ...
+    """
+    ema = state.ema.module if state.ema is not None else None
+    own = {"rng": random_state(), "buffers": _cpu(batchnorm_buffers(state.model)), "means": state.means.state()}
+    if ema is not None:
+        own["ema_buffers"] = _cpu(batchnorm_buffers(ema))
+    rank_state = gather_objects(own)
+    with averaged_batchnorm(state.model, ema):
+        model_state = {k: v.detach().clone() if "running_" in k else v for k, v in state.model.state_dict().items()}
+        ema_state = (
+            None
+            if ema is None
+            else {k: v.detach().clone() if "running_" in k else v for k, v in ema.state_dict().items()}
+        )
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model_state,
+        "ema": ema_state,
+        "optimizer": state.optimizer.state_dict(),
+        "lr": [group["lr"] for group in state.optimizer.param_groups],
+        "scaler": state.scaler.state_dict(),
+        "guard": state.guard.state_dict(),
+        "progress": asdict(state.progress),
+        "rank_state": rank_state,
+        "world_size": get_world_size(),
+        "versions": versions(state),
+        **facts,
+    }
+
+
+def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
+    """Put ``payload`` into the live state.
+
+    With the number of processes it was saved with, the continuation is exact: each process gets its own BatchNorm
+    statistics and random streams back. With another number they start from the averages, and this is logged, as is
+    another version of PyTorch, kind of device or number of threads, which round differently. The optimizer's settings
+    (decay, momenta) are the live ones: a change that was allowed takes effect.
+
+    Raises:
+        CheckpointError: the file is of another model or optimizer; the live state is untouched.
+    """
+    _check_payload(state, payload, path)
+    state.model.load_state_dict(payload["model"])
+    if state.ema is not None:
+        state.ema.module.load_state_dict(payload["ema"])
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+    state.optimizer.load_state_dict(payload["optimizer"])
+    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    if payload["scaler"]:
+        state.scaler.load_state_dict(payload["scaler"])
+    state.guard.load_state_dict(payload["guard"])
+    state.progress = Progress(**payload["progress"])
+    then, now = payload.get("versions", {}), versions(state)
+    for name in sorted(name for name in then.keys() & now.keys() if then[name] != now[name]):
+        logger.warning(
+            "%s was saved with %s %s, this is %s: the continuation is not exact to the last bit",
+            path,
+            name,
+            then[name],
+            now[name],
+        )
+    if payload["world_size"] == get_world_size():
+        own = payload["rank_state"][get_rank()]
+        _copy_into(batchnorm_buffers(state.model), own["buffers"])
+        if state.ema is not None:
+            _copy_into(batchnorm_buffers(state.ema.module), own["ema_buffers"])
+        state.means.load(own["means"])
+        set_random_state(own["rng"])
+    else:
+        logger.warning(
+            "%s was saved by %d process(es), this run has %d: BatchNorm statistics start from the average "
+            "and random streams anew; the samples already seen in this epoch are not repeated",
+            path,
+            payload["world_size"],
+            get_world_size(),
+        )
+
+
+def versions(state: TrainState) -> dict[str, Any]:
+    """What the bits of a training depend on besides its recipe."""
+    device = next(state.model.parameters()).device.type
+    threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
+    return {"torch": str(torch.__version__), "timm": timm.__version__, "device": device, **threads}
+
+
+def random_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and PyTorch's global generators as plain types and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss)
+    return {"python": random.getstate(), "numpy": numpy_state, **torch_random_state()}
+
+
+def torch_random_state() -> dict[str, torch.Tensor]:
+    """States of PyTorch's global generators: the CPU's, and the GPU's if there is one."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what ``random_state`` or ``torch_random_state`` returned."""
+    if "python" in state:
+        random.setstate(state["python"])
+        kind, keys, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """Open a checkpoint for resuming, after checking it whole.
+
+    Raises:
+        CheckpointError: damaged, not ours, of a newer format, or without an entry that a training state needs.
+    """
+    _check_format(verify_checkpoint(path), path)
+    return load_checkpoint(path)
+
+
+def _check_format(payload: dict[str, Any], path: Path) -> None:
+    version = payload.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(
+            f"{path} was not written by this project and cannot be resumed; start from its weights with --pretrained"
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}; this code reads up to {FORMAT_VERSION}. "
+            f"It was written with {payload.get('versions')}: update this project"
+        )
+    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(payload.get(name), kind) or name not in payload]
+    if not wrong:
+        wrong = [] if set(payload["progress"]) == {f.name for f in fields(Progress)} else ["progress"]
+        wrong += [] if len(payload["rank_state"]) == payload["world_size"] else ["rank_state"]
+        wrong += [] if set(payload["optimizer"]) == {"state", "param_groups"} else ["optimizer"]
+    if wrong:
+        raise CheckpointError(f"{path} is not a complete training state: {', '.join(wrong)} missing or malformed")
+
+
+def _check_payload(state: TrainState, payload: dict[str, Any], path: Path) -> None:
+    if (state.ema is None) != (payload["ema"] is None):
+        raise CheckpointError(
+            f"{path} was saved {'without' if payload['ema'] is None else 'with'} averaged weights; "
+            "set TRAIN.EMA_DECAY as in that run"
+        )
+    for live, saved in ((state.model, payload["model"]), (state.ema and state.ema.module, payload["ema"])):
+        if live is not None:
+            _check_tensors(live.state_dict(), saved, path)
+    _check_optimizer(state.optimizer, payload["optimizer"], path)
+
+
+def _check_tensors(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], path: Path) -> None:
+    wrong = [
+        f"{k}: {list(theirs[k].shape)} in the file, {list(own[k].shape)} here"
+        for k in own
+        if k in theirs and theirs[k].shape != own[k].shape
+    ]
+    wrong += [f"{k}: only in the file" for k in theirs if k not in own]
+    wrong += [f"{k}: not in the file" for k in own if k not in theirs]
+    if wrong:
+        raise CheckpointError(
+            f"{path} is of another model ({len(wrong)} entries differ): "
+            + "; ".join(wrong[:5])
+            + ". To start from its weights use --pretrained"
+        )
+    bad = first_nonfinite(theirs)
+    if bad is not None:
+        raise CheckpointError(f"{path}: the entry {bad!r} has infinite or undefined values")
+
+
+def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any], path: Path) -> None:
+    """Refuse a state that ``load_state_dict`` would accept and the next step would choke on."""
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    same_kind = ("betas" in saved["param_groups"][0]) == ("betas" in optimizer.param_groups[0])
+    if sizes != [len(group["params"]) for group in optimizer.param_groups] or not same_kind:
+        raise CheckpointError(f"{path} was saved with another optimizer; set TRAIN.OPTIMIZER as in that run")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in saved["state"].items():
+        for name, value in entries.items():
+            if torch.is_tensor(value) and value.ndim and value.shape != parameters[index].shape:
+                raise CheckpointError(
+                    f"{path}: optimizer state {name} of parameter {index} has shape "
+                    f"{list(value.shape)}, the parameter {list(parameters[index].shape)}"
+                )
+
+
+def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _copy_into(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(values[name])

@@ -1,0 +1,48 @@
+"""The dump that a diverged run leaves behind: everything that its last update depended on.
+
+``tools/replay.py`` reads it and repeats that update.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint.capture import TrainState, capture
+from utils.checkpoint.files import CheckpointError, write_checkpoint
+from utils.runtime.distributed import broadcast_object, gather_objects, is_main_process
+
+logger = logging.getLogger(__name__)
+
+
+def write_dump(state: TrainState, facts: dict[str, Any], directory: Path, sample_name: Callable[[int], str]) -> Path:
+    """Write ``nonfinite_step_N.pth``. Collective.
+
+    The weights and the optimizer are those that the update met, because a skipped update changes nothing. Each
+    process adds its random stream, its samples' indices and names, and its loss and the gradient norm.
+
+    Args:
+        state: the live state, right after a skipped update.
+        facts: plain entries of the checkpoints (config text, class names).
+        directory: output folder.
+        sample_name: index -> path or name, of the training set.
+
+    Raises:
+        CheckpointError: on all processes alike, if rank 0 could not write.
+    """
+    record = dict(state.guard.history[-1])
+    record["loss"], record["grad_norm"] = float(record["loss"]), float(record["grad_norm"])
+    record["names"] = [[sample_name(int(i)) for i in micro] for micro in record["indices"]]
+    records = gather_objects(record)
+    payload = {**capture(state, facts), "update": records}
+    path = directory / f"nonfinite_step_{record['step']:09d}.pth"
+    problem = ""
+    if is_main_process():
+        try:
+            write_checkpoint(path, payload)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem:
+        raise CheckpointError(problem)
+    return path

@@ -1,0 +1,151 @@
+"""Where a run starts: what a checkpoint says about itself, and whether this run may continue it."""
+
+import logging
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from utils.checkpoint.files import CheckpointError, resolve_source
+from utils.checkpoint.store import CheckpointStore, step_inside
+from utils.config import dump_config, parse_config, recipe_differences
+
+logger = logging.getLogger(__name__)
+
+# Keys that may differ without leave: another number of images an update is said in the log, and every sample is still
+# seen once an epoch.
+_BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")
+
+
+def starting_point(config, store: CheckpointStore) -> Path | None:
+    """File to continue from: explicit ``--resume``, else with ``TRAIN.AUTO_RESUME`` the run's own newest; or None.
+
+    torchrun repeats the command when it restarts a failed run (``--max-restarts``). ``--resume`` is meant for the first
+    attempt then: where the run has got beyond that file, a later attempt goes on from the run's own newest. Collective.
+    """
+    explicit = resolve_source(config.MODEL.RESUME) if config.MODEL.RESUME else None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if explicit is not None and not (restarted and config.TRAIN.AUTO_RESUME):
+        return explicit
+    newest = store.newest() if config.TRAIN.AUTO_RESUME else None
+    if explicit is None or (newest is not None and step_inside(newest) > step_inside(explicit)):
+        return newest
+    return explicit
+
+
+def checkpoint_facts(config, classes: Sequence[str], num_samples: int) -> dict[str, Any]:
+    """Plain entries that make a checkpoint explain itself: config text, data set, preprocessing.
+
+    Args:
+        config: frozen config.
+        classes: class names, in the order of the labels.
+        num_samples: size of the training set.
+    """
+    return {
+        "config": dump_config(config),
+        "classes": list(classes),
+        "num_samples": num_samples,
+        "preprocessing": _preprocessing(config),
+    }
+
+
+def _preprocessing(config) -> dict[str, Any]:
+    """What evaluation does to an image."""
+    return {
+        "img_size": config.DATA.IMG_SIZE,
+        "interpolation": config.DATA.INTERPOLATION,
+        "crop": config.TEST.CROP,
+        "mean": list(IMAGENET_DEFAULT_MEAN),
+        "std": list(IMAGENET_DEFAULT_STD),
+    }
+
+
+def check_continuation(
+    config, facts: dict[str, Any], payload: dict[str, Any], path: Path, allowed: Collection[str]
+) -> None:
+    """Refuse to continue a run under another recipe or with other classes; warn of another number of samples.
+
+    Args:
+        config: this run's config.
+        facts: this run's ``checkpoint_facts``.
+        payload: the checkpoint.
+        path: for messages.
+        allowed: keys of the recipe that may differ (``--allow-change KEY``).
+
+    Raises:
+        CheckpointError: recipe or classes differ.
+    """
+    check_recipe(config, payload, path, allowed)
+    check_classes(facts["classes"], payload, path)
+    then, now = payload.get("num_samples", facts["num_samples"]), facts["num_samples"]
+    if then != now:
+        logger.warning(
+            "%s was trained on %d images, this data set has %d: their order is another one%s",
+            path,
+            then,
+            now,
+            ", so that some may come twice or not at all in the epoch in progress"
+            if payload["progress"]["samples_seen"]
+            else "",
+        )
+
+
+def check_recipe(config, payload: dict[str, Any], path: Path, allowed: Collection[str]) -> None:
+    """Refuse to continue a run under another recipe than it was started with.
+
+    Args:
+        config: this run's config.
+        payload: the checkpoint; its ``config`` entry is compared.
+        path: for messages.
+        allowed: keys that may differ (``--allow-change KEY``).
+
+    Raises:
+        CheckpointError: keys that influence training differ and are not allowed; all of them are listed with both
+            values.
+    """
+    differences = recipe_differences(parse_config(payload["config"], str(path)), config)
+    blocking = []
+    for key, (then, now) in differences.items():
+        if key in allowed or key in _BATCH_KEYS:
+            logger.warning("%s changes on resume: %s -> %s", key, then, now)
+        else:
+            blocking.append(f"  {key}: {then} in the checkpoint, {now} now (allow with --allow-change {key})")
+    if blocking:
+        raise CheckpointError(f"{path} was trained with another recipe:\n" + "\n".join(blocking))
+
+
+def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | str) -> None:
+    """Compare the data set's class names with those a checkpoint was trained on; files without names pass.
+
+    Raises:
+        CheckpointError: number, names or order differ; labels would mean something else.
+    """
+    theirs = payload.get("classes")
+    if not theirs or list(theirs) == list(classes):
+        return
+    if len(theirs) != len(classes):
+        what = f"{len(theirs)} classes there, {len(classes)} here"
+    else:
+        index = next(i for i, (a, b) in enumerate(zip(theirs, classes, strict=True)) if a != b)
+        what = f"class {index} is {theirs[index]!r} there and {classes[index]!r} here"
+    raise CheckpointError(f"the data set's classes are not the ones of {path}: {what}")
+
+
+def warn_preprocessing(config, payload: dict[str, Any], path: Path | str) -> None:
+    """Log where a checkpoint's evaluation preprocessing differs from the config's."""
+    theirs = payload.get("preprocessing") or {}
+    ours = _preprocessing(config)
+    for key in sorted(set(theirs) & set(ours)):
+        if theirs[key] != ours[key]:
+            logger.warning(
+                "preprocessing %s: %s was trained with %s, this evaluation uses %s", key, path, theirs[key], ours[key]
+            )
+
+
+def config_of(payload: dict[str, Any]) -> dict[str, Any]:
+    """Config stored in a checkpoint, ours (YAML text) or published (a mapping), as nested plain dicts; {} if none."""
+    stored = payload.get("config")
+    return yaml.safe_load(stored) if isinstance(stored, str) else dict(stored or {})

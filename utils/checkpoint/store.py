@@ -1,0 +1,167 @@
+"""The checkpoint files of one output folder: names, rotation, and which one a restart takes."""
+
+import logging
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint.files import (
+    CheckpointError,
+    first_nonfinite,
+    link_checkpoint,
+    load_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from utils.runtime.distributed import broadcast_object, is_main_process
+
+logger = logging.getLogger(__name__)
+
+LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
+_STEP = "checkpoint_step_{:09d}.pth"
+_STEP_PATTERN = re.compile(r"checkpoint_step_(\d+)\.pth")
+_EPOCH_PATTERN = re.compile(r"ckpt_epoch_(\d+)\.pth")
+
+
+class CheckpointStore:
+    """The checkpoint files of one output folder.
+
+    Every save writes ``checkpoint_step_NNNNNNNNN.pth``; ``checkpoint_last.pth``, ``checkpoint_best.pth`` and the
+    milestones ``ckpt_epoch_N.pth`` are further names (hard links) of such files. Only the rolling step files are
+    ever deleted, after a newer one is durable.
+
+    Args:
+        directory: existing folder.
+        keep: how many step files to keep (``TRAIN.SAVE_KEEP``).
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory = directory
+        self.keep = keep
+
+    def save(self, payload: dict[str, Any], names: tuple[str, ...] = ()) -> Path:
+        """Write ``payload`` under its step's name, ``checkpoint_last.pth`` and ``names``. Collective.
+
+        Raises:
+            CheckpointError: on all processes alike, if rank 0 could not write; earlier files are untouched.
+        """
+        path = self.directory / _STEP.format(payload["progress"]["global_step"])
+        problem = ""
+        if is_main_process():
+            try:
+                _refuse_nonfinite(payload, path)
+                write_checkpoint(path, payload)
+                for name in (LAST, *names):
+                    link_checkpoint(path, name)
+                for old in self._step_files()[self.keep :]:
+                    old.unlink()
+            except (CheckpointError, OSError) as error:
+                problem = str(error)
+        problem = broadcast_object(problem)
+        if problem:
+            raise CheckpointError(problem)
+        return path
+
+    def newest(self) -> Path | None:
+        """Path of the newest file that verifies, or None in a folder without checkpoints. Collective.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is good; nothing may silently start from zero here.
+        """
+        found, problem = None, ""
+        if is_main_process():
+            try:
+                found = self._choose()
+            except CheckpointError as error:
+                problem = str(error)
+        found, problem = broadcast_object((found, problem))
+        if problem:
+            raise CheckpointError(problem)
+        return found
+
+    def set_aside_beyond(self, step: int) -> None:
+        """Rename the files of later updates than ``step``, where the run goes on, to ``NAME.aside``. Collective.
+
+        They are damaged or of a course that was given up. Left in place they would count as the newest: rotation
+        would delete what this run writes instead, and the next restart would continue the old course.
+
+        Raises:
+            CheckpointError: on all processes alike, if a file could not be renamed.
+        """
+        problem = ""
+        if is_main_process():
+            try:
+                later = [path for path in self._step_files() if _number(path, _STEP_PATTERN) > step]
+                if step_inside(self.directory / LAST) > step:
+                    later.append(self.directory / LAST)
+                for path in later:
+                    os.replace(path, path.with_name(path.name + ".aside"))
+            except OSError as error:
+                problem = f"cannot set a checkpoint aside: {error}"
+            else:
+                if later:
+                    logger.warning(
+                        "the run goes on from update %d; later files are damaged or of another course and "
+                        "get the ending .aside: %s",
+                        step,
+                        ", ".join(path.name for path in later),
+                    )
+        problem = broadcast_object(problem)
+        if problem:
+            raise CheckpointError(problem)
+
+    def _choose(self) -> Path | None:
+        reasons = []
+        for path in self._candidates():
+            try:
+                payload = verify_checkpoint(path)
+                if "progress" not in payload:
+                    raise CheckpointError(f"{path} has no training state")
+            except CheckpointError as error:
+                logger.warning("passed over: %s", error)
+                reasons.append(f"  {error}")
+            else:
+                return path
+        if reasons:
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} is usable, and starting from zero would hide that:\n"
+                + "\n".join(reasons)
+                + "\n  move them away to start anew, or name a good file with --resume"
+            )
+        return None
+
+    def _candidates(self) -> list[Path]:
+        """Files to try, newest first, ordered by the number in the name, never by time of change."""
+        others = [self.directory / LAST, *self._numbered(_EPOCH_PATTERN), self.directory / BEST]
+        return self._step_files() + [path for path in others if path.exists()]
+
+    def _step_files(self) -> list[Path]:
+        """Rolling files, newest first."""
+        return self._numbered(_STEP_PATTERN)
+
+    def _numbered(self, pattern: re.Pattern) -> list[Path]:
+        matching = [path for path in self.directory.iterdir() if pattern.fullmatch(path.name)]
+        return sorted(matching, key=lambda path: _number(path, pattern), reverse=True)
+
+
+def _number(path: Path, pattern: re.Pattern) -> int:
+    return int(pattern.fullmatch(path.name)[1])
+
+
+def step_inside(path: Path) -> float:
+    """Update that a checkpoint holds; -inf if there is no such file, inf if it cannot be read."""
+    if not path.exists():
+        return -math.inf
+    try:
+        return load_checkpoint(path, map_location="meta")["progress"]["global_step"]
+    except (CheckpointError, KeyError, TypeError):
+        return math.inf
+
+
+def _refuse_nonfinite(payload: dict[str, Any], path: Path) -> None:
+    for kind in ("model", "ema"):
+        bad = first_nonfinite(payload[kind] or {})
+        if bad is not None:
+            raise CheckpointError(f"{path} is not written: {kind} entry {bad!r} has infinite or undefined values")

@@ -1,0 +1,1 @@
+"""What trains and is measured: optimizer, schedule, losses, precision, evaluation, records."""

@@ -1,0 +1,145 @@
+"""Exact evaluation and throughput."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from utils.runtime.distributed import all_reduce_sum, average_buffers, get_world_size
+from utils.training.guard import NonFiniteError, batchnorm_buffers
+
+POLL_BATCHES = 20  # batches between two questions whether to stop
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Accuracy in percent, mean cross-entropy in nats, and the number of samples they are taken over."""
+
+    acc1: float
+    acc5: float
+    loss: float
+    num_samples: int
+
+
+class EvaluationStopped(Exception):
+    """All processes agreed to stop in the middle of an evaluation."""
+
+
+@contextmanager
+def averaged_batchnorm(*models: nn.Module | None) -> Iterator[None]:
+    """Inside, BatchNorm's running statistics are their means over the processes; outside, each process's own.
+
+    Evaluation and saving thus see one model whatever the number of processes, and never change the course of
+    training. Collective: every process enters with the same models.
+    """
+    buffers = [b for m in models if m is not None for b in batchnorm_buffers(m).values()]
+    local = [b.clone() for b in buffers] if get_world_size() > 1 else []
+    average_buffers(buffers)
+    try:
+        yield
+    finally:
+        if local:
+            torch._foreach_copy_(buffers, local)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    batch_transform: Callable[..., tuple[Tensor, Tensor]],
+    should_stop: Callable[[], str] | None = None,
+) -> EvalResult:
+    """Evaluate on the shards of all processes; every sample counts once, whatever the number of processes.
+
+    Hits are summed as integers and losses in float64, over all processes, and divided once. Top-5 counts the
+    best min(5, classes) scores.
+
+    Args:
+        model: the bare model (no DDP wrapper, whose collectives would meet uneven shards); its mode is restored.
+        loader: yields (images, targets, indices) of this process's shard.
+        device: where to compute.
+        autocast: makes the context of the forward pass.
+        batch_transform: ``data.build_batch_transform(..., is_train=False)``.
+        should_stop: collective question, asked now and then.
+
+    Raises:
+        EvaluationStopped: ``should_stop`` said so.
+        NonFiniteError, RuntimeError: a score is not finite; not every sample was evaluated exactly once.
+    """
+    num_samples = len(loader.dataset)
+    # Shards differ by at most one sample: every process has this many batches, so all ask the same number of times.
+    common_batches = num_samples // get_world_size() // loader.batch_size
+    counts = torch.zeros(4, dtype=torch.int64, device=device)  # top-1 hits, top-5 hits, samples, non-finite samples
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        for number, (images, targets, indices) in enumerate(loader):
+            if should_stop and number < common_batches and number % POLL_BATCHES == 0 and should_stop():
+                raise EvaluationStopped
+            images, targets = batch_transform(images, targets, indices, epoch=0, update=0)
+            with autocast():
+                logits = model(images)
+            logits = logits.float()
+            top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+            finite = torch.isfinite(logits).all(dim=1)
+            counts += torch.stack(
+                [top5[:, 0].sum(), top5.sum(), torch.full_like(counts[0], len(targets)), (~finite).sum()]
+            )
+            loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
+    finally:
+        model.train(was_training)
+    return _summarise(counts, loss_sum, num_samples)
+
+
+def _summarise(counts: Tensor, loss_sum: Tensor, num_samples: int) -> EvalResult:
+    """Add up the processes' counts (top-1 hits, top-5 hits, samples, non-finite samples) and divide once."""
+    all_reduce_sum(counts)
+    all_reduce_sum(loss_sum)
+    hits1, hits5, seen, bad = counts.tolist()
+    if seen != num_samples:
+        raise RuntimeError(f"evaluated {seen} samples, but the data set has {num_samples}")
+    if bad:
+        raise NonFiniteError(f"evaluation: the model's scores are not finite for {bad} of {num_samples} samples")
+    return EvalResult(100.0 * hits1 / seen, 100.0 * hits5 / seen, float(loss_sum) / seen, seen)
+
+
+@torch.inference_mode()
+def measure_throughput(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    autocast: Callable[[], AbstractContextManager],
+    seconds: float = 10.0,
+) -> float:
+    """Images per second of the forward pass on one fixed batch, after warm-up: the median over repetitions.
+
+    Args:
+        model: in evaluation mode.
+        images: (B, C, H, W) on the model's device.
+        autocast: makes the context of the forward pass.
+        seconds: time to measure for; at least five repetitions are taken.
+    """
+
+    def run_once() -> float:
+        start = time.perf_counter()
+        with autocast():
+            model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        return time.perf_counter() - start
+
+    for _ in range(10 if images.is_cuda else 2):
+        run_once()
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < seconds:
+        times.append(run_once())
+    return len(images) / sorted(times)[len(times) // 2]

@@ -1,0 +1,150 @@
+"""The model's distributed wrapper, its compilation, and the passes that bring it into its steady state."""
+
+import inspect
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from utils.checkpoint.capture import random_state, set_random_state
+from utils.training.guard import BufferBackup, batchnorm_buffers
+
+logger = logging.getLogger(__name__)
+
+GRAPHS_A_BLOCK = 64  # PyTorch's default, 8, is reached by two batch sizes; beyond it blocks silently run uncompiled
+
+
+def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> DistributedDataParallel:
+    """Wrap ``model`` (on ``device``) for training on all processes; parameters become those of rank 0.
+
+    Every process keeps BatchNorm statistics of its own: they are averaged where they are used, for evaluation and
+    saving (``utils.training.evaluation.averaged_batchnorm``).
+
+    Args:
+        model: the bare model; with ``sync_bn`` its BatchNorms are replaced in place.
+        device: this process's device.
+        sync_bn: normalise by the statistics of all processes' batches (``TRAIN.SYNC_BN``).
+
+    Raises:
+        ValueError: ``sync_bn`` on the CPU.
+    """
+    if sync_bn and device.type == "cpu":
+        raise ValueError("TRAIN.SYNC_BN is True, but PyTorch synchronises BatchNorm on GPUs only; switch it off")
+    if sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # Maps are in channels_last order, so gradients of convolutions are too: weights of the same order let DDP reduce
+    # them where they are.
+    convert_conv2d_weight_memory_format(model, torch.channels_last)
+    # The switch was renamed: newer releases warn about the old name, older ones do not know the new one.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    unsynced = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **unsynced
+    )
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile ``model`` in place with ``torch.compile``; the work itself is done by the next forward and backward pass.
+
+    A network that offers ``compile_blocks`` compiles its repeated blocks, which share graphs; any other is compiled as
+    a whole. Names in the state dict stay as they are. Shapes are fixed: another batch size compiles once more.
+    """
+    # The instances of a block share one cache of graphs: for each stage one for training, one for evaluation, ...
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_A_BLOCK)
+    compile_in_place = getattr(model, "compile_blocks", model.compile)
+    compile_in_place(dynamic=False)
+
+
+def bring_up(
+    model: DistributedDataParallel,
+    config,
+    *,
+    averaged: nn.Module | None,
+    device: torch.device,
+    world_size: int,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Compile the model if ``TRAIN.COMPILE`` says so, and warm it up where that changes speed or bits.
+
+    All compiling happens here, for training and evaluation, so that no update of the run is slowed down by it; the log
+    says how long it took. Call it before any state is restored.
+
+    Args:
+        model: the wrapped model.
+        config: frozen config.
+        averaged: the model that holds the moving averages and is evaluated in place of the other, if there is one; it
+            shares the compiled code.
+        device, world_size: where and in how many processes the run computes.
+        autocast: makes the context of the forward pass.
+    """
+    compiles, on_gpu = config.TRAIN.COMPILE, device.type == "cuda"
+    if not (compiles or on_gpu or world_size > 1):
+        return
+    start = time.perf_counter()
+    image = (config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
+    batch = config.DATA.BATCH_SIZE if compiles or on_gpu else 2
+    if compiles:
+        logger.info("compiling the model; this takes a minute or more")
+        compile_model(model.module)
+        if averaged is not None:
+            compile_model(averaged)
+    warm_up(model, (batch, *image), device=device, autocast=autocast)
+    if compiles:
+        evaluated = model.module if averaged is None else averaged
+        warm_up_evaluation(evaluated, (config.TEST.BATCH_SIZE or batch, *image), device=device, autocast=autocast)
+        logger.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
+
+
+def warm_up(
+    model: DistributedDataParallel,
+    shape: tuple[int, int, int, int],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Run two forward and backward passes on made-up images and remove every trace of them.
+
+    DDP orders its buckets anew after the first backward pass. Without this, the first update after a resume would sum
+    gradients in another order than the same update of an uninterrupted run, and three or more processes would not end
+    in the same bits. It also keeps kernel selection and compilation out of the first update's time.
+
+    Args:
+        model: the wrapped model, before any state is restored.
+        shape: (B, C, H, W) of the images.
+        device: this process's device.
+        autocast: makes the context of the forward pass.
+    """
+    backup = BufferBackup(list(batchnorm_buffers(model.module).values()))
+    backup.save()
+    streams = random_state()
+    model.train()
+    for _ in range(2):
+        images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+        with autocast():
+            loss = model(images).float().square().mean()
+        loss.backward()
+        model.zero_grad()
+    backup.restore_where(torch.ones((), dtype=torch.bool, device=device))
+    set_random_state(streams)
+
+
+@torch.inference_mode()
+def warm_up_evaluation(
+    model: nn.Module,
+    shape: tuple[int, int, int, int],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Run one forward pass as the evaluation does it; the model's mode is restored."""
+    images = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+    was_training = model.training
+    model.eval()
+    with autocast():
+        model(images)
+    model.train(was_training)
