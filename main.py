@@ -24,24 +24,48 @@ from torch.nn.utils import clip_grad_norm_
 import main_eval
 from data import build_batch_transform, build_train_loader, build_val_loader, check_data
 from models import build_model, from_published
-from utils.checkpoint.capture import Progress, TrainState, capture, read_training_state, restore, torch_random_state
-from utils.checkpoint.dump import write_dump
-from utils.checkpoint.resume import check_continuation, checkpoint_facts, starting_point
-from utils.checkpoint.store import BEST, LAST, CheckpointStore
-from utils.checkpoint.weights import load_weights
-from utils.config.cli import parse
-from utils.runtime.signals import StopRequest
-from utils.runtime.start import Run, start_run
+from utils.checkpoint import (
+    BEST,
+    LAST,
+    CheckpointStore,
+    capture,
+    check_continuation,
+    checkpoint_facts,
+    load_weights,
+    read_training_state,
+    restore,
+    starting_point,
+    write_dump,
+)
+from utils.config import parse
+from utils.errors import NonFiniteError
+from utils.runtime import Run, StopRequest, start_run, torch_random_state
 from utils.session import Session, located_errors, update_groups
-from utils.training.data_wait import DataWatch
-from utils.training.evaluation import EvalResult, EvaluationStopped, averaged_batchnorm, evaluate
-from utils.training.guard import NonFiniteError, NonFiniteGuard, poison_nonfinite
-from utils.training.losses import build_criterion
-from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
-from utils.training.optimizer import build_optimizer
-from utils.training.parallel import bring_up, wrap_for_training
-from utils.training.precision import build_precision
-from utils.training.records import RunningMeans, StepTimer, epoch_row, log_step, record_epoch, trim_metrics
+from utils.training import (
+    DataWatch,
+    EvalResult,
+    EvaluationStopped,
+    NonFiniteGuard,
+    Progress,
+    RunningMeans,
+    StepTimer,
+    TrainState,
+    averaged_batchnorm,
+    bring_up,
+    build_criterion,
+    build_optimizer,
+    build_precision,
+    build_scheduler,
+    epoch_row,
+    evaluate,
+    global_batch_size,
+    log_step,
+    poison_nonfinite,
+    record_epoch,
+    scaled_learning_rates,
+    trim_metrics,
+    wrap_for_training,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import build_batch_transform, build_val_loader, check_data
 from models import build_model, from_published
-from utils.checkpoint.files import resolve_source, sha256
-from utils.checkpoint.resume import check_classes, warn_preprocessing
-from utils.checkpoint.weights import load_weights
-from utils.config.cli import parse
-from utils.runtime.start import Run, start_run
-from utils.training.evaluation import evaluate, measure_throughput
-from utils.training.precision import build_precision
-from utils.training.records import write_text_atomic
+from utils.checkpoint import check_classes, load_weights, resolve_source, sha256, warn_preprocessing
+from utils.config import parse
+from utils.runtime import Run, start_run, write_text_atomic
+from utils.training import build_precision, evaluate, measure_throughput
 
 logger = logging.getLogger(__name__)
 

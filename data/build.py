@@ -7,9 +7,7 @@ from yacs.config import CfgNode
 from data.dataset import ImageDataset, build_dataset
 from data.loading.loader import ImageLoader
 from data.loading.samplers import EvalShardSampler, TrainSampler
-from utils.runtime.distributed import get_rank, get_world_size
-from utils.runtime.processes import usable_cores
-from utils.runtime.random_state import integer_seed
+from utils.runtime import get_rank, get_world_size, integer_seed, usable_cores
 
 
 def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:

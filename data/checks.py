@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from data.dataset import ImageDataset
 from data.images.batch import mixes
-from utils.runtime.distributed import get_world_size
+from utils.runtime import get_world_size
 
 _SHOWN = 5  # names in a message
 

@@ -9,14 +9,14 @@ import torch
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from data.images.decode import ImageReadError
 from data.images.transforms import Transform, build_transform
 from data.loading.collate import Sample
 from data.sources.base import ArraySource, FolderSource, Source
 from data.sources.builtin import cifar_source, digits_source
 from data.sources.cached import DecodedSource, FinishedSource
 from data.sources.zip import ZipSource
-from utils.runtime.random_state import integer_seed, seed_streams, streams_restored
+from utils.errors import ImageReadError
+from utils.runtime import integer_seed, seed_streams, streams_restored
 
 logger = logging.getLogger(__name__)
 

@@ -60,6 +60,20 @@ def may_import(importer: str, module: str) -> bool:
     return any(inside(module, package) for package in (own, *MAY_IMPORT[own]))
 
 
+FACES = ("utils.config", "utils.runtime", "utils.training", "utils.checkpoint", "data")
+
+
+def behind_a_face(importer: str, module: str) -> bool:
+    """Whether the module lies inside a package with a face, and the importer outside of it."""
+    return any(module.startswith(f"{face}.") and not inside(importer, face) for face in FACES)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_code_outside_a_package_imports_from_its_face(name):
+    importer = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    assert [module for module in sorted(imported_modules(name)) if behind_a_face(importer, module)] == []
+
+
 @pytest.mark.parametrize("name", PACKAGE_FILES)
 def test_who_may_import_whom(name):
     importer = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
-from data.images.decode import ImageReadError, decode_image, jpeg_complaint
-from utils.runtime.processes import usable_cores
+from data import decode_image, jpeg_complaint
+from utils.errors import ImageReadError
+from utils.runtime import usable_cores
 
 _CHUNK = 64  # files a task
 

@@ -25,15 +25,13 @@ from torch.nn.utils import clip_grad_norm_, convert_conv2d_weight_memory_format
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
-from data import build_batch_transform, build_dataset
-from data.loading.collate import collate
+from data import build_batch_transform, build_dataset, collate
 from models import build_model
-from utils.checkpoint.capture import read_training_state, set_random_state, torch_random_state
-from utils.checkpoint.files import CheckpointError
+from utils.checkpoint import read_training_state
 from utils.config import load_config
-from utils.training.guard import poison_nonfinite
-from utils.training.losses import build_criterion
-from utils.training.precision import build_precision
+from utils.errors import CheckpointError
+from utils.runtime import set_random_state, torch_random_state
+from utils.training import build_criterion, build_precision, poison_nonfinite
 
 
 @dataclass

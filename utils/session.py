@@ -13,13 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.checkpoint.capture import Progress, TrainState
-from utils.checkpoint.store import CheckpointStore
-from utils.runtime.distributed import gather_objects
-from utils.runtime.signals import StopRequest
-from utils.runtime.start import Run
-from utils.training.lr_scheduler import global_batch_size
-from utils.training.precision import Precision
+from utils.checkpoint import CheckpointStore
+from utils.runtime import Run, StopRequest, gather_objects
+from utils.training import Precision, Progress, TrainState, global_batch_size
 
 
 @dataclass(frozen=True)

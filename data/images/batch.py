@@ -7,7 +7,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data.images.erasing import RandomErasing
-from utils.runtime.random_state import seeded_streams
+from utils.runtime import seeded_streams
 
 _MIX_MODES = ("batch", "pair", "elem")
 

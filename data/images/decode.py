@@ -11,6 +11,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from utils.errors import ImageReadError
+
 try:
     import simplejpeg
 except ImportError:  # optional: Pillow decodes the same pixels
@@ -20,10 +22,6 @@ Picture = Image.Image | np.ndarray  # PIL image of mode RGB, or uint8 array (H, 
 
 _JPEG_START = b"\xff\xd8"
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM", "TIFF")
-
-
-class ImageReadError(RuntimeError):
-    """An image that cannot be used; the message names the file, its index and its class where they are known."""
 
 
 def decode_image(data: bytes, *, as_array: bool) -> Picture:

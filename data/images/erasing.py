@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.runtime.random_state import integer_seed
+from utils.runtime import integer_seed
 
 _MIN_AREA, _MAX_AREA = 0.02, 1 / 3  # of the image, timm's defaults
 _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))

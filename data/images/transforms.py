@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchvision import transforms
 from yacs.config import CfgNode
 
-from data.images.decode import ImageReadError, Picture
+from data.images.decode import Picture
+from utils.errors import ImageReadError
 
 Transform = Callable[[Picture], np.ndarray | Tensor]
 

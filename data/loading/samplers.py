@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from utils.runtime.random_state import integer_seed
+from utils.runtime import integer_seed
 
 
 class TrainSampler(Sampler[tuple[int, int]]):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.runtime.distributed import get_local_world_size
+from utils.runtime import get_local_world_size
 
 _MEMINFO = Path("/proc/meminfo")  # Linux
 _SHM = Path("/dev/shm")

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from data.images.decode import ImageReadError, Picture, decode_image
+from data.images.decode import Picture, decode_image
+from utils.errors import ImageReadError
 
 
 class Source(Protocol):

@@ -5,7 +5,7 @@ from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
 from data.sources.base import ArraySource
-from utils.runtime.processes import once_per_machine
+from utils.runtime import once_per_machine
 
 _DIGITS_SIZE = 32  # pixels
 _DIGITS_SPLIT_SEED = 1024

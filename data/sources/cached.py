@@ -16,12 +16,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.images.decode import ImageReadError, Picture
+from data.images.decode import Picture
 from data.images.transforms import EvalResize, torch_resize
 from data.loading.loader import ImageLoader
 from data.loading.shared_memory import SharedItems
 from data.sources.base import EncodedSource
-from utils.runtime.processes import once_per_machine, usable_cores
+from utils.errors import ImageReadError
+from utils.runtime import once_per_machine, usable_cores
 
 logger = logging.getLogger(__name__)
 

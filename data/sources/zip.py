@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.images.decode import ImageReadError, Picture, decode_image
+from data.images.decode import Picture, decode_image
 from data.loading.shared_memory import SharedItems
 from data.sources.base import PackedStrings
-from utils.runtime.distributed import get_rank, get_world_size
+from utils.errors import ImageReadError
+from utils.runtime import get_rank, get_world_size
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,7}")  # negative ones are reported by check_data

@@ -14,20 +14,14 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from utils.checkpoint.capture import (
-    FORMAT_VERSION,
-    Progress,
-    TrainState,
-    capture,
-    random_state,
-    read_training_state,
-    restore,
-    set_random_state,
-)
-from utils.checkpoint.files import CheckpointError, load_checkpoint, write_checkpoint
+from utils.checkpoint.capture import FORMAT_VERSION, capture, read_training_state, restore
+from utils.checkpoint.files import load_checkpoint, write_checkpoint
 from utils.checkpoint.store import BEST, LAST, CheckpointStore
+from utils.errors import CheckpointError
+from utils.runtime.random_state import random_state, set_random_state
 from utils.training.guard import NonFiniteGuard
-from utils.training.records import RunningMeans
+from utils.training.meters import RunningMeans
+from utils.training.state import Progress, TrainState
 
 CPU = torch.device("cpu")
 FACTS = {"config": "SEED: 0\n", "classes": ["a", "b"]}

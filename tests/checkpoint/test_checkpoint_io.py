@@ -17,7 +17,6 @@ import torch
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import (
-    CheckpointError,
     first_nonfinite,
     link_checkpoint,
     load_checkpoint,
@@ -26,6 +25,7 @@ from utils.checkpoint.files import (
     verify_checkpoint,
     write_checkpoint,
 )
+from utils.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"layer.weight": torch.arange(600.0).reshape(20, 30), "layer.bias": torch.ones(20)}

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from data.images import decode as image_io
-from data.images.decode import ImageReadError, decode_image, jpeg_complaint
+from data.images.decode import decode_image, jpeg_complaint
 from tests.images import picture
+from utils.errors import ImageReadError
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:

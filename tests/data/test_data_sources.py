@@ -12,12 +12,12 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
 from data import build_dataset
-from data.images.decode import ImageReadError
 from data.sources import builtin
 from data.sources.base import FolderSource, PackedStrings
 from data.sources.zip import ZipSource, number_classes, read_map
 from tests.images import make_config, write_folder, write_splits
 from utils.config.checks import DATASETS as CONFIG_DATASETS
+from utils.errors import ImageReadError
 
 
 def test_packed_strings_give_the_strings_back():

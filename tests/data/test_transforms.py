@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from data.images.decode import ImageReadError
 from data.images.transforms import EvalResize, build_transform, pil_resize, posterize, torch_resize
 from tests.images import SIZES, make_config, picture
+from utils.errors import ImageReadError
 from utils.runtime.random_state import seeded_streams
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from utils.training.guard import BufferBackup, NonFiniteError, NonFiniteGuard, batchnorm_buffers, poison_nonfinite
+from utils.errors import NonFiniteError
+from utils.training.batchnorm import BufferBackup, batchnorm_buffers
+from utils.training.guard import NonFiniteGuard, poison_nonfinite
 
 CPU = torch.device("cpu")
 OPTIMIZERS = {

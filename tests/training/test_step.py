@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from tests.tiny_run import TinyRun
-from utils.checkpoint.capture import TrainState
 from utils.checkpoint.files import load_checkpoint
 from utils.config import load_config
 from utils.config.cli import parse
@@ -27,7 +26,8 @@ from utils.runtime.start import start_run
 from utils.session import Session
 from utils.training import data_wait
 from utils.training.data_wait import DataWatch, LoaderLoad, advice
-from utils.training.records import StepTimer
+from utils.training.meters import StepTimer
+from utils.training.state import TrainState
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

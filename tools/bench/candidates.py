@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import models  # noqa: F401  registers strip_mlp_* with timm
 from tests.reference_model import ReferenceStripMLP
-from utils.training.parallel import compile_model
+from utils.training import compile_model
 
 FORMS = ("eager", "compiled", "graphed", "inference", "inference-compiled", "inference-graphed")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

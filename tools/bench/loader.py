@@ -10,13 +10,12 @@ import torch
 from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
-from data import build_batch_transform, build_dataset, build_train_loader, build_val_loader
-from data.loading.collate import collate
+from data import build_batch_transform, build_dataset, build_train_loader, build_val_loader, collate
 from tools.bench.report import Table
 from tools.bench.timing import Spread, paired_ratio
 from utils.config import load_config
-from utils.runtime.random_state import seeded_streams
-from utils.training.data_wait import worker_times
+from utils.runtime import seeded_streams
+from utils.training import worker_times
 
 CONFIG = Path("configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml")  # the published recipe
 

@@ -16,10 +16,9 @@ from models import build_model
 from tools.bench.report import ROOT, Table
 from tools.bench.timing import Spread, paired_ratio
 from utils.config import load_config
-from utils.runtime.signals import StopRequest
-from utils.runtime.start import start_run
+from utils.runtime import StopRequest, start_run
 from utils.session import Session
-from utils.training.optimizer import build_optimizer
+from utils.training import build_optimizer
 
 QUICKSTART = ROOT / "configs/quickstart_digits.yaml"
 _FIRST_UPDATE_SECONDS = 120

@@ -1,1 +1,32 @@
 """What survives a crash: the training state in files, and the weights of others."""
+
+from utils.checkpoint.capture import capture, read_training_state, restore
+from utils.checkpoint.dump import write_dump
+from utils.checkpoint.files import resolve_source, sha256
+from utils.checkpoint.resume import (
+    check_classes,
+    check_continuation,
+    checkpoint_facts,
+    starting_point,
+    warn_preprocessing,
+)
+from utils.checkpoint.store import BEST, LAST, CheckpointStore
+from utils.checkpoint.weights import load_weights
+
+__all__ = [
+    "BEST",
+    "capture",
+    "check_classes",
+    "check_continuation",
+    "checkpoint_facts",
+    "CheckpointStore",
+    "LAST",
+    "load_weights",
+    "read_training_state",
+    "resolve_source",
+    "restore",
+    "sha256",
+    "starting_point",
+    "warn_preprocessing",
+    "write_dump",
+]

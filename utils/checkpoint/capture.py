@@ -1,24 +1,18 @@
 """State of a training run: what survives a crash, how it is collected and put back."""
 
 import logging
-import random
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from torch import nn
 from torch.optim import Optimizer
 
-from utils.checkpoint.files import CheckpointError, first_nonfinite, load_checkpoint, verify_checkpoint
-from utils.runtime.distributed import gather_objects, get_rank, get_world_size
-from utils.training.evaluation import averaged_batchnorm
-from utils.training.guard import NonFiniteGuard, batchnorm_buffers
-from utils.training.records import RunningMeans
+from utils.checkpoint.files import first_nonfinite, load_checkpoint, verify_checkpoint
+from utils.errors import CheckpointError
+from utils.runtime import gather_objects, get_rank, get_world_size, random_state, set_random_state
+from utils.training import Progress, TrainState, averaged_batchnorm, batchnorm_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -35,43 +29,6 @@ _ENTRIES = {
     "world_size": int,
     "config": str,
 }
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        global_step: optimizer updates done, skipped ones included.
-        epoch: epochs completed; also the index of the epoch in progress.
-        samples_seen: samples of the epoch in progress already used, over all processes.
-        best_acc1, best_epoch: best validation accuracy so far in percent, and after which epoch (-1: none yet).
-    """
-
-    global_step: int = 0
-    epoch: int = 0
-    samples_seen: int = 0
-    best_acc1: float = -1.0
-    best_epoch: int = -1
-
-
-@dataclass
-class TrainState:
-    """Everything that survives a crash. The schedule is a function of ``progress`` and has no state of its own."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: Scheduler
-    scaler: torch.amp.GradScaler
-    guard: NonFiniteGuard
-    means: RunningMeans
-    ema: ModelEmaV3 | None = None
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def eval_model(self) -> nn.Module:
-        """The model that is evaluated and ranked: the averaged weights where there are any."""
-        return self.model if self.ema is None else self.ema.module
 
 
 def capture(state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
@@ -166,32 +123,6 @@ def versions(state: TrainState) -> dict[str, Any]:
     device = next(state.model.parameters()).device.type
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
     return {"torch": str(torch.__version__), "timm": timm.__version__, "device": device, **threads}
-
-
-def random_state() -> dict[str, Any]:
-    """States of Python's, NumPy's and PyTorch's global generators as plain types and tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss)
-    return {"python": random.getstate(), "numpy": numpy_state, **torch_random_state()}
-
-
-def torch_random_state() -> dict[str, torch.Tensor]:
-    """States of PyTorch's global generators: the CPU's, and the GPU's if there is one."""
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what ``random_state`` or ``torch_random_state`` returned."""
-    if "python" in state:
-        random.setstate(state["python"])
-        kind, keys, position, has_gauss, gauss = state["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def read_training_state(path: Path) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint.capture import TrainState, capture
-from utils.checkpoint.files import CheckpointError, write_checkpoint
-from utils.runtime.distributed import broadcast_object, gather_objects, is_main_process
+from utils.checkpoint.capture import capture
+from utils.checkpoint.files import write_checkpoint
+from utils.errors import CheckpointError
+from utils.runtime import broadcast_object, gather_objects, is_main_process
+from utils.training import TrainState
 
 logger = logging.getLogger(__name__)
 

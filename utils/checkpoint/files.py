@@ -6,7 +6,6 @@ ordered dict. There is no switch that turns the protection off.
 """
 
 import collections
-import contextlib
 import errno
 import hashlib
 import logging
@@ -21,6 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from utils.errors import CheckpointError
+from utils.runtime import fsync_directory
+
 logger = logging.getLogger(__name__)
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -28,10 +30,6 @@ _LEGACY_MAGIC = b"\x80\x02"  # pickle protocol 2: PyTorch's format before 1.6
 # The published checkpoints hold their config as a pickled yacs node. Naming OrderedDict under the node's name reads
 # it as a mapping, without importing yacs.
 _ALLOWED_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, read or used; the message names the file and the reason."""
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
@@ -89,16 +87,6 @@ def link_checkpoint(source: Path, name: str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return target
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make renames inside ``directory`` durable (POSIX; a no-op where folders cannot be opened)."""
-    with contextlib.suppress(PermissionError, NotADirectoryError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:

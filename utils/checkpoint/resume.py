@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from utils.checkpoint.files import CheckpointError, resolve_source
+from utils.checkpoint.files import resolve_source
 from utils.checkpoint.store import CheckpointStore, step_inside
 from utils.config import dump_config, parse_config, recipe_differences
+from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

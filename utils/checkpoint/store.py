@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoint.files import (
-    CheckpointError,
     first_nonfinite,
     link_checkpoint,
     load_checkpoint,
     verify_checkpoint,
     write_checkpoint,
 )
-from utils.runtime.distributed import broadcast_object, is_main_process
+from utils.errors import CheckpointError
+from utils.runtime import broadcast_object, is_main_process
 
 logger = logging.getLogger(__name__)
 

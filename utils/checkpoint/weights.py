@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint.files import CheckpointError, first_nonfinite, load_checkpoint, resolve_source, sha256
+from utils.checkpoint.files import first_nonfinite, load_checkpoint, resolve_source, sha256
+from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

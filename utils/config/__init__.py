@@ -1,5 +1,6 @@
 """The configuration of a run: keys, files, checks, the published recipe, the command line."""
 
+from utils.config.cli import parse
 from utils.config.loading import (
     config_notices,
     default_config,
@@ -17,6 +18,7 @@ __all__ = [
     "default_config",
     "dump_config",
     "load_config",
+    "parse",
     "parse_config",
     "recipe_deviations",
     "recipe_differences",

@@ -1,1 +1,48 @@
 """The process that a run lives in: launch, devices, logging, signals, files, random streams."""
+
+from utils.runtime.distributed import (
+    all_reduce_sum,
+    broadcast_object,
+    gather_objects,
+    get_local_world_size,
+    get_rank,
+    get_world_size,
+    is_main_process,
+)
+from utils.runtime.files import fsync_directory, write_text_atomic
+from utils.runtime.processes import once_per_machine, usable_cores
+from utils.runtime.random_state import (
+    integer_seed,
+    random_state,
+    seed_streams,
+    seeded_streams,
+    set_random_state,
+    streams_restored,
+    torch_random_state,
+)
+from utils.runtime.signals import StopRequest
+from utils.runtime.start import Run, start_run
+
+__all__ = [
+    "all_reduce_sum",
+    "broadcast_object",
+    "fsync_directory",
+    "gather_objects",
+    "get_local_world_size",
+    "get_rank",
+    "get_world_size",
+    "integer_seed",
+    "is_main_process",
+    "once_per_machine",
+    "random_state",
+    "Run",
+    "seed_streams",
+    "seeded_streams",
+    "set_random_state",
+    "start_run",
+    "StopRequest",
+    "streams_restored",
+    "torch_random_state",
+    "usable_cores",
+    "write_text_atomic",
+]

@@ -7,7 +7,6 @@ source of the process layout; a half-set environment is an error, not a guess.
 import os
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,12 +41,6 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if is_distributed():
-        dist.barrier()
-
-
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum ``tensor`` over all processes in place and return it."""
     if is_distributed():
@@ -71,18 +64,3 @@ def gather_objects(obj: Any) -> list[Any]:
     boxes: list[Any] = [None] * get_world_size()
     dist.all_gather_object(boxes, obj)
     return boxes
-
-
-def average_buffers(buffers: list[Tensor]) -> None:
-    """Replace floating-point ``buffers`` by their mean over the processes, in one flat all-reduce.
-
-    Every process must pass tensors of the same shapes in the same order. Integer buffers
-    (``num_batches_tracked``) are equal on all processes already and are left alone.
-    """
-    floating = [b for b in buffers if b.is_floating_point()]
-    if get_world_size() == 1 or not floating:
-        return
-    flat = torch.cat([b.detach().reshape(-1) for b in floating])
-    all_reduce_sum(flat).div_(get_world_size())
-    for buffer, mean in zip(floating, flat.split([b.numel() for b in floating]), strict=True):
-        buffer.copy_(mean.view_as(buffer))

@@ -8,6 +8,7 @@ streams of the process stay where they were. Exact resume stands on this.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,3 +45,29 @@ def seeded_streams(*entropy: int) -> Iterator[None]:
 def integer_seed(*entropy: int) -> int:
     """Return one 63-bit seed derived from the non-negative integers ``entropy``, for a ``torch.Generator``."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def random_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and PyTorch's global generators as plain types and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss)
+    return {"python": random.getstate(), "numpy": numpy_state, **torch_random_state()}
+
+
+def torch_random_state() -> dict[str, torch.Tensor]:
+    """States of PyTorch's global generators: the CPU's, and the GPU's if there is one."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what ``random_state`` or ``torch_random_state`` returned."""
+    if "python" in state:
+        random.setstate(state["python"])
+        kind, keys, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils.checkpoint.files import CheckpointError
 from utils.config import config_notices, dump_config, recipe_deviations, run_folder
+from utils.errors import CheckpointError, NonFiniteError, RunError
 from utils.runtime.distributed import (
     broadcast_object,
     get_local_rank,
@@ -32,15 +32,10 @@ from utils.runtime.distributed import (
     is_distributed,
     is_main_process,
 )
+from utils.runtime.files import write_text_atomic
 from utils.runtime.logging import setup_logging, teardown_logging
-from utils.training.guard import NonFiniteError
-from utils.training.records import write_text_atomic
 
 logger = logging.getLogger(__name__)
-
-
-class RunError(RuntimeError):
-    """The run cannot start or go on; the message says why and what to do."""
 
 
 # Errors whose message says all: what is wrong, where, and what to do.

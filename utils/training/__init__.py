@@ -1,1 +1,45 @@
 """What trains and is measured: optimizer, schedule, losses, precision, evaluation, records."""
+
+from utils.training.batchnorm import averaged_batchnorm, batchnorm_buffers
+from utils.training.data_wait import DataWatch, worker_times
+from utils.training.evaluation import EvalResult, EvaluationStopped, evaluate, measure_throughput
+from utils.training.guard import NonFiniteGuard, poison_nonfinite
+from utils.training.losses import build_criterion
+from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
+from utils.training.meters import RunningMeans, StepTimer
+from utils.training.optimizer import build_optimizer
+from utils.training.parallel import bring_up, compile_model, wrap_for_training
+from utils.training.precision import Precision, build_precision
+from utils.training.records import epoch_row, log_step, record_epoch, trim_metrics
+from utils.training.state import Progress, TrainState
+
+__all__ = [
+    "averaged_batchnorm",
+    "batchnorm_buffers",
+    "bring_up",
+    "build_criterion",
+    "build_optimizer",
+    "build_precision",
+    "build_scheduler",
+    "compile_model",
+    "DataWatch",
+    "epoch_row",
+    "EvalResult",
+    "evaluate",
+    "EvaluationStopped",
+    "global_batch_size",
+    "log_step",
+    "measure_throughput",
+    "NonFiniteGuard",
+    "poison_nonfinite",
+    "Precision",
+    "Progress",
+    "record_epoch",
+    "RunningMeans",
+    "scaled_learning_rates",
+    "StepTimer",
+    "TrainState",
+    "trim_metrics",
+    "worker_times",
+    "wrap_for_training",
+]

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.runtime.distributed import get_local_world_size
+from utils.runtime import get_local_world_size
 
 logger = logging.getLogger(__name__)
 

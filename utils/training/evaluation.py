@@ -1,8 +1,8 @@
 """Exact evaluation and throughput."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from utils.runtime.distributed import all_reduce_sum, average_buffers, get_world_size
-from utils.training.guard import NonFiniteError, batchnorm_buffers
+from utils.errors import NonFiniteError
+from utils.runtime import all_reduce_sum, get_world_size
 
 POLL_BATCHES = 20  # batches between two questions whether to stop
 
@@ -28,23 +28,6 @@ class EvalResult:
 
 class EvaluationStopped(Exception):
     """All processes agreed to stop in the middle of an evaluation."""
-
-
-@contextmanager
-def averaged_batchnorm(*models: nn.Module | None) -> Iterator[None]:
-    """Inside, BatchNorm's running statistics are their means over the processes; outside, each process's own.
-
-    Evaluation and saving thus see one model whatever the number of processes, and never change the course of
-    training. Collective: every process enters with the same models.
-    """
-    buffers = [b for m in models if m is not None for b in batchnorm_buffers(m).values()]
-    local = [b.clone() for b in buffers] if get_world_size() > 1 else []
-    average_buffers(buffers)
-    try:
-        yield
-    finally:
-        if local:
-            torch._foreach_copy_(buffers, local)
 
 
 @torch.inference_mode()

@@ -15,53 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from utils.errors import NonFiniteError
+from utils.training.batchnorm import BufferBackup, batchnorm_buffers
+
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """Too many updates in a row had a non-finite loss or gradient."""
 
 
 def poison_nonfinite(loss: Tensor) -> Tensor:
     """Return ``loss`` unchanged if finite, else a loss whose gradients are all NaN (an infinite one may have zeros)."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
-
-
-def batchnorm_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Running statistics of all BatchNorm layers of ``model``, by their state-dict names."""
-    buffers = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
-                buffers[name] = buffer
-    return buffers
-
-
-class BufferBackup:
-    """A copy of a set of tensors that can be put back on a condition that only the device knows."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._groups: list[list[Tensor]] = []
-        for dtype in {t.dtype: None for t in tensors}:
-            self._groups.append([t for t in tensors if t.dtype == dtype])
-        self._saved: list[Tensor] = []
-
-    @staticmethod
-    def _flat(group: list[Tensor]) -> Tensor:
-        return torch.cat([t.detach().reshape(-1) for t in group])
-
-    @torch.no_grad()
-    def save(self) -> None:
-        """Remember the present values."""
-        self._saved = [self._flat(group) for group in self._groups]
-
-    @torch.no_grad()
-    def restore_where(self, condition: Tensor) -> None:
-        """Put the remembered values back where ``condition`` (one boolean on the device) holds."""
-        for group, saved in zip(self._groups, self._saved, strict=True):
-            values = torch.where(condition, saved, self._flat(group))
-            parts = [v.view_as(t) for v, t in zip(values.split([t.numel() for t in group]), group, strict=True)]
-            torch._foreach_copy_(group, parts)
 
 
 class NonFiniteGuard:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from utils.checkpoint.capture import random_state, set_random_state
-from utils.training.guard import BufferBackup, batchnorm_buffers
+from utils.runtime import random_state, set_random_state
+from utils.training.batchnorm import BufferBackup, batchnorm_buffers
 
 logger = logging.getLogger(__name__)
 
