@@ -10,8 +10,7 @@ from typing import Any
 
 from utils.checkpoint.capture import capture
 from utils.checkpoint.files import write_checkpoint
-from utils.errors import CheckpointError
-from utils.runtime import broadcast_object, gather_objects, is_main_process
+from utils.runtime import gather_objects, on_main_process
 from utils.training import TrainState
 
 logger = logging.getLogger(__name__)
@@ -38,13 +37,5 @@ def write_dump(state: TrainState, facts: dict[str, Any], directory: Path, sample
     records = gather_objects(record)
     payload = {**capture(state, facts), "update": records}
     path = directory / f"nonfinite_step_{record['step']:09d}.pth"
-    problem = ""
-    if is_main_process():
-        try:
-            write_checkpoint(path, payload)
-        except CheckpointError as error:
-            problem = str(error)
-    problem = broadcast_object(problem)
-    if problem:
-        raise CheckpointError(problem)
+    on_main_process(lambda: write_checkpoint(path, payload))
     return path

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError
-from utils.runtime import fsync_directory
+from utils.runtime import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,8 @@ _ALLOWED_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """Write ``payload`` to ``path`` atomically and durably, and read it back before it becomes visible.
 
-    The data go to a temporary file beside ``path``, are flushed to disk, verified (checksum of every member, loads
-    weights-only), and only then renamed over ``path``; the folder is flushed too. Whatever happens, ``path`` is
-    either the old file or the complete new one, and the temporary file is gone.
+    What was written is verified (checksum of every member, loads weights-only) before it is renamed: whatever happens,
+    ``path`` is either the old file or the complete new one.
 
     Args:
         path: final name; its folder exists.
@@ -46,46 +46,39 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the disk is full, a value cannot be pickled or would not load weights-only, ...
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    size = 0
     try:
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        verify_checkpoint(temporary)
-        os.replace(temporary, path)
-        fsync_directory(path.parent)
+        with atomic_file(path) as temporary:
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(payload, file)
+            finally:
+                size = temporary.stat().st_size if temporary.exists() else 0
+            verify_checkpoint(temporary)
     except CheckpointError as error:
         raise CheckpointError(f"cannot write checkpoint {path}: {error}") from error
     except Exception as error:
-        size = temporary.stat().st_size if temporary.exists() else 0
-        raise CheckpointError(
-            f"cannot write checkpoint {path} (after {size:,} bytes): {_root_reason(error)}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        reason = _root_reason(error)
+        raise CheckpointError(f"cannot write checkpoint {path} (after {size:,} bytes): {reason}") from error
 
 
 def link_checkpoint(source: Path, name: str) -> Path:
-    """Give the file ``source`` a second name in its folder, atomically; copy it where links are not possible."""
+    """Give the file ``source`` a second name in its folder, atomically; copy it where links are not possible.
+
+    Raises:
+        CheckpointError: the file could not be linked or copied.
+    """
     target = source.with_name(name)
-    temporary = source.with_name(f".{name}.tmp-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
     try:
-        try:
-            os.link(source, temporary)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
-                raise
-            with open(temporary, "wb") as file:
-                file.write(source.read_bytes())
-                os.fsync(file.fileno())
-        os.replace(temporary, target)
-        fsync_directory(target.parent)
+        with atomic_file(target) as temporary:
+            try:
+                os.link(source, temporary)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
+                    raise
+                shutil.copyfile(source, temporary)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

@@ -2,14 +2,13 @@
 
 import json
 import logging
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.runtime import write_text_atomic
+from utils.runtime import atomic_file, write_text_atomic
 from utils.training.meters import RunningMeans, StepTimer, peak_memory_mib
 
 logger = logging.getLogger(__name__)
@@ -144,6 +143,5 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if len(lines) > 1 and axes.lines:
             axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
