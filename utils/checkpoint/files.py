@@ -1,8 +1,8 @@
-"""Files that hold checkpoints: written so that nothing half-written is ever visible, read so that nothing runs.
+"""Checkpoint files: written so that nothing half-written is ever visible, read so that nothing in them is executed.
 
-This is the only module of the project that unpickles. Every file, our own included, is opened in PyTorch's
-weights-only mode with one addition, the yacs node inside the published checkpoints, which is read as a plain
-ordered dict. There is no switch that turns the protection off.
+This is the only module of the project that unpickles. Every file, our own included, is opened in PyTorch's weights-only
+mode with one addition: the yacs node inside the published checkpoints is read as a plain ordered dict. There is no
+switch that turns the protection off.
 """
 
 import collections
@@ -86,28 +86,32 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check that ``path`` is a complete checkpoint and return its contents with tensors on the meta device.
 
     Raises:
-        CheckpointError: missing, empty, truncated, damaged (a member's checksum is wrong), or not loadable
-            weights-only.
+        CheckpointError: missing, empty, truncated, damaged (a checksum is wrong), or not loadable weights-only.
     """
-    _check_magic(path)
-    _check_members(path, strict=True)
-    return load_checkpoint(path, map_location="meta")
+    return load_checkpoint(path, map_location="meta", strict=True)
 
 
-def load_checkpoint(path: str | Path, *, map_location: str = "cpu") -> dict[str, Any]:
-    """Open a file of unknown origin without running anything from it.
+def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool = False) -> dict[str, Any]:
+    """Open a file of unknown origin, after checking it whole, without running anything from it.
 
-    Accepts PyTorch's zip and legacy formats and safetensors (recognised by content, whatever the name). A
-    safetensors file comes back as ``{"model": tensors, "metadata": ...}``.
+    Accepts PyTorch's zip and legacy formats and safetensors (recognised by content, whatever the name). A safetensors
+    file comes back as ``{"model": tensors, "metadata": ...}``.
+
+    Args:
+        path: the file.
+        map_location: 'cpu', or 'meta' to read names and shapes only.
+        strict: refuse an archive without checksums, which this project never writes, instead of warning.
 
     Raises:
-        CheckpointError: the file is missing, empty, damaged, not a checkpoint, or asks to import code that is not
-            on the allow-list; the message names the file and what was found.
+        CheckpointError: the file is missing, empty, damaged, not a checkpoint, or asks to import code that is not on
+            the allow-list; the message names the file and what was found.
     """
     path = Path(path)
-    if _check_magic(path) == "safetensors":
+    kind = _check_magic(path)
+    if kind == "safetensors":
         return _load_safetensors(path, map_location)
-    _check_members(path, strict=False)
+    if kind == "zip":
+        _check_members(path, strict=strict)
     try:
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
             payload = torch.load(path, map_location=map_location, weights_only=True)
@@ -123,7 +127,7 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu") -> dict[str,
 
 
 def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first floating-point tensor with an infinite or undefined entry, or None."""
+    """Return the name of the first floating-point tensor with an infinite or undefined entry, or None."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return name
@@ -131,7 +135,7 @@ def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -198,12 +202,10 @@ def _check_magic(path: Path) -> str:
 
 def _check_members(path: Path, *, strict: bool) -> None:
     """Compare every member of a zip archive with its checksum; ``strict`` also refuses archives without checksums."""
-    if _check_magic(path) != "zip":
-        return
     try:
         with zipfile.ZipFile(path) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                # PyTorch never compresses; a small file could unfold to more than the memory holds
+                # PyTorch never compresses; a small file could expand to more than the memory holds
                 raise CheckpointError(f"{path} was not opened: its members are compressed, PyTorch writes them plain")
             if all(info.CRC == 0 for info in archive.infolist() if info.file_size):
                 # torch.serialization.set_crc32_options(False): legitimate in a stranger's file, never in ours
@@ -229,7 +231,7 @@ def _load_safetensors(path: Path, map_location: str) -> dict[str, Any]:
 
 
 def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
-    """Message for a pickle that needs more than tensors and plain types, without the advice to open it anyway."""
+    """Return the message for a pickle that needs more than plain types, without the advice to open it anyway."""
     try:
         wanted = sorted(
             set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {name for _, name in _ALLOWED_GLOBALS}
@@ -246,7 +248,7 @@ def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
 
 
 def _root_reason(error: BaseException) -> str:
-    """Reason of a failed write: the operating system's error wherever it is in the chain, else the error itself."""
+    """Return the reason of a failed write: the system's error wherever it is in the chain, else the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

@@ -45,7 +45,7 @@ class CheckpointStore:
         """Write ``payload`` under its step's name, ``checkpoint_last.pth`` and ``names``. Collective.
 
         Raises:
-            CheckpointError: on all processes alike, if rank 0 could not write; earlier files are untouched.
+            CheckpointError, OSError: rank 0 could not write; on all processes. Earlier files are untouched.
         """
         path = self.directory / _STEP.format(payload["progress"]["global_step"])
 
@@ -61,10 +61,10 @@ class CheckpointStore:
         return path
 
     def newest(self) -> Path | None:
-        """Path of the newest file that verifies, or None in a folder without checkpoints. Collective.
+        """Return the path of the newest file that verifies, or None in a folder without checkpoints. Collective.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is good; nothing may silently start from zero here.
+            CheckpointError: there are checkpoints, but none is good: nothing may silently start from zero here.
         """
         return on_main_process(self._choose)
 
@@ -75,7 +75,7 @@ class CheckpointStore:
         rotation would delete what this run writes instead, and the next restart would continue from them.
 
         Raises:
-            CheckpointError: on all processes, if a file could not be renamed.
+            CheckpointError: a file could not be renamed; on all processes.
         """
         on_main_process(lambda: self._set_aside(self._later_than(step), step))
 
@@ -96,7 +96,7 @@ class CheckpointStore:
             raise CheckpointError(f"cannot set a checkpoint aside: {error}") from error
         if paths:
             logger.warning(
-                "the run goes on from update %d; later files are damaged or of another course and get the ending "
+                "the run goes on from update %d; later files are damaged or no longer part of it and get the ending "
                 ".aside: %s",
                 step,
                 ", ".join(path.name for path in paths),
@@ -123,12 +123,12 @@ class CheckpointStore:
         return None
 
     def _candidates(self) -> list[Path]:
-        """Files to try, newest first, ordered by the number in the name, never by time of change."""
+        """Return the files to try, newest first by the number in the name, never by the time of change."""
         others = [self.directory / LAST, *self._numbered(_EPOCH_PATTERN), self.directory / BEST]
         return self._step_files() + [path for path in others if path.exists()]
 
     def _step_files(self) -> list[Path]:
-        """Rolling files, newest first."""
+        """Return the rolling files, newest first."""
         return self._numbered(_STEP_PATTERN)
 
     def _numbered(self, pattern: re.Pattern) -> list[Path]:
@@ -141,7 +141,7 @@ def _number(path: Path, pattern: re.Pattern) -> int:
 
 
 def step_inside(path: Path) -> float:
-    """Update that a checkpoint holds; -inf if there is no such file, inf if it cannot be read."""
+    """Return the update that a checkpoint holds; -inf if there is no such file, inf if it cannot be read."""
     if not path.exists():
         return -math.inf
     try:

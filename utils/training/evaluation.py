@@ -1,4 +1,4 @@
-"""Exact evaluation and throughput."""
+"""Exact evaluation, and throughput."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from utils.errors import NonFiniteError
 from utils.runtime import all_reduce_sum, get_world_size
 
-POLL_BATCHES = 20  # batches between two questions whether to stop
+POLL_BATCHES = 20  # batches between two calls of should_stop
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,6 @@ class EvalResult:
     num_samples: int
 
 
-class EvaluationStopped(Exception):
-    """All processes agreed to stop in the middle of an evaluation."""
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -39,11 +35,11 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     batch_transform: Callable[..., tuple[Tensor, Tensor]],
     should_stop: Callable[[], str] | None = None,
-) -> EvalResult:
-    """Evaluate on the shards of all processes; every sample counts once, whatever the number of processes.
+) -> EvalResult | None:
+    """Evaluate on the shards of all processes; every sample counts once, whatever the number of processes. Collective.
 
-    Hits are summed as integers and losses in float64, over all processes, and divided once. Top-5 counts the
-    best min(5, classes) scores.
+    Hits are summed as integers and losses in float64, over all processes, and divided once. Top-5 counts the best
+    min(5, classes) scores.
 
     Args:
         model: the bare model (no DDP wrapper, whose collectives would meet uneven shards); its mode is restored.
@@ -51,11 +47,14 @@ def evaluate(
         device: where to compute.
         autocast: makes the context of the forward pass.
         batch_transform: ``data.build_batch_transform(..., is_train=False)``.
-        should_stop: collective question, asked now and then.
+        should_stop: asked every ``POLL_BATCHES`` batches; collective, with the same answer on all processes.
+
+    Returns:
+        The result, the same on all processes; None if ``should_stop`` ended the evaluation.
 
     Raises:
-        EvaluationStopped: ``should_stop`` said so.
-        NonFiniteError, RuntimeError: a score is not finite; not every sample was evaluated exactly once.
+        NonFiniteError: a score is not finite.
+        RuntimeError: not every sample was evaluated exactly once.
     """
     num_samples = len(loader.dataset)
     # Shards differ by at most one sample: every process has this many batches, so all ask the same number of times.
@@ -67,7 +66,7 @@ def evaluate(
     try:
         for number, (images, targets, indices) in enumerate(loader):
             if should_stop and number < common_batches and number % POLL_BATCHES == 0 and should_stop():
-                raise EvaluationStopped
+                return None
             images, targets = batch_transform(images, targets, indices, epoch=0, update=0)
             with autocast():
                 logits = model(images)
@@ -103,13 +102,13 @@ def measure_throughput(
     autocast: Callable[[], AbstractContextManager],
     seconds: float = 10.0,
 ) -> float:
-    """Images per second of the forward pass on one fixed batch, after warm-up: the median over repetitions.
+    """Return the images per second of the forward pass on one fixed batch: the median over repetitions after warm-up.
 
     Args:
         model: in evaluation mode.
         images: (B, C, H, W) on the model's device.
         autocast: makes the context of the forward pass.
-        seconds: time to measure for; at least five repetitions are taken.
+        seconds: how long to measure; at least five repetitions are made.
     """
 
     def run_once() -> float:
