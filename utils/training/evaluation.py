@@ -53,13 +53,12 @@ def evaluate(
         The result, the same on all processes; None if ``should_stop`` ended the evaluation.
 
     Raises:
-        NonFiniteError: a score is not finite.
-        RuntimeError: not every sample was evaluated exactly once.
+        NonFiniteError, RuntimeError: a score is not finite; not every sample was evaluated exactly once.
     """
     num_samples = len(loader.dataset)
     # Shards differ by at most one sample: every process has this many batches, so all ask the same number of times.
     common_batches = num_samples // get_world_size() // loader.batch_size
-    counts = torch.zeros(4, dtype=torch.int64, device=device)  # top-1 hits, top-5 hits, samples, non-finite samples
+    counts = torch.zeros(4, dtype=torch.int64, device=device)  # see _counts
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
@@ -71,19 +70,22 @@ def evaluate(
             with autocast():
                 logits = model(images)
             logits = logits.float()
-            top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-            finite = torch.isfinite(logits).all(dim=1)
-            counts += torch.stack(
-                [top5[:, 0].sum(), top5.sum(), torch.full_like(counts[0], len(targets)), (~finite).sum()]
-            )
+            counts += _counts(logits, targets)
             loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
     finally:
         model.train(was_training)
     return _summarise(counts, loss_sum, num_samples)
 
 
+def _counts(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the batch's top-1 hits, top-5 hits, samples, and samples with a non-finite score."""
+    top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    bad = ~torch.isfinite(logits).all(dim=1)
+    return torch.stack([top5[:, 0].sum(), top5.sum(), torch.ones_like(bad).sum(), bad.sum()])
+
+
 def _summarise(counts: Tensor, loss_sum: Tensor, num_samples: int) -> EvalResult:
-    """Add up the processes' counts (top-1 hits, top-5 hits, samples, non-finite samples) and divide once."""
+    """Add up the counts (see ``_counts``) and losses of all processes and divide once."""
     all_reduce_sum(counts)
     all_reduce_sum(loss_sum)
     hits1, hits5, seen, bad = counts.tolist()
