@@ -16,6 +16,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from yacs.config import CfgNode
 
 from data import build_batch_transform, build_val_loader, check_data
 from models import build_model, from_published
@@ -31,12 +32,12 @@ THROUGHPUT_SECONDS = 10.0
 
 @record
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line. Exit status 0 only if the evaluation was done."""
+    """Command line. The exit code is 0 only if the evaluation was completed."""
     run(*parse(argv, "Evaluate one checkpoint, or measure the throughput of a model (--throughput).", evaluation=True))
 
 
-def run(args: Namespace, config) -> None:
-    """Do what the flags ask for: evaluation, or throughput."""
+def run(args: Namespace, config: CfgNode) -> None:
+    """Do what the flags ask for: evaluate, or measure throughput."""
     with start_run(config, locked=False) as process:
         if config.THROUGHPUT_MODE:
             throughput(config, process)
@@ -44,16 +45,17 @@ def run(args: Namespace, config) -> None:
             evaluate_checkpoint(config, process, weights=args.weights)
 
 
-def evaluate_checkpoint(config, process: Run, *, weights: str | None = None) -> None:
+def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = None) -> None:
     """Evaluate the file of ``--resume`` (or ``--pretrained``), log the result and write ``eval.json``.
 
     Args:
         config: frozen config.
         process: the run.
-        weights: 'ema' or 'model'; None takes the averaged weights where the file has them, as training ranked it.
+        weights: 'ema' or 'model'; None takes the averaged weights where the file has them, as training ranked them.
 
     Raises:
-        ValueError: no file is named, or the file or the data set does not fit.
+        ValueError: no file is named, or the data set does not fit the config.
+        CheckpointError, FileNotFoundError: the file cannot be used, or was trained on other classes.
     """
     source = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not source:
@@ -61,11 +63,11 @@ def evaluate_checkpoint(config, process: Run, *, weights: str | None = None) -> 
     loader = build_val_loader(config, device=process.device)
     check_data(config, None, loader.dataset)
     model = build_model(config).to(process.device)
-    _, facts = load_weights(
+    _, metadata = load_weights(
         model, source, remap=from_published, prefer_ema=weights != "model", require_ema=weights == "ema"
     )
-    check_classes(loader.dataset.classes, facts, source)
-    warn_preprocessing(config, facts, source)
+    check_classes(loader.dataset.classes, metadata, source)
+    warn_preprocessing(config, metadata, source)
     transform = build_batch_transform(config, is_train=False, device=process.device, rank=process.rank)
     with closing(loader):
         result = evaluate(
@@ -92,8 +94,8 @@ def evaluate_checkpoint(config, process: Run, *, weights: str | None = None) -> 
         logger.info("written to %s", process.output_dir / "eval.json")
 
 
-def throughput(config, process: Run) -> None:
-    """Log the images per second of the forward pass on random images; no data and no checkpoint is needed."""
+def throughput(config: CfgNode, process: Run) -> None:
+    """Log the images per second of the forward pass on random images; neither data nor a checkpoint is needed."""
     model: nn.Module = build_model(config).to(process.device).eval()
     model = inference_form(model)
     precision = build_precision(config, process.device)
@@ -113,7 +115,7 @@ def throughput(config, process: Run) -> None:
 
 
 def inference_form(model: nn.Module) -> nn.Module:
-    """The model's folded form for inference where it has one (the same scores, sooner), else the model."""
+    """Return the model's form for inference where it has one (the same scores, faster), else the model."""
     return model.to_inference() if hasattr(model, "to_inference") else model
 
 

@@ -103,13 +103,10 @@ def test_the_model_package_imports_itself_relatively():
                 assert node.level or node.module.split(".")[0] != "models", f"{name}:{node.lineno}"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_sizes(name):
-    tests = name.startswith("tests/")
-    lines = (ROOT / name).read_text().count("\n")
-    assert lines <= (450 if tests else 300), f"{name} has {lines} lines"
+@pytest.mark.parametrize("name", SOURCES)
+def test_sizes_of_functions(name):
     for node in ast.walk(tree_of(name)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not tests:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = node.end_lineno - node.lineno
             assert length <= 50, f"{name}: {node.name} has {length} lines"
             positional = len(node.args.posonlyargs) + len(node.args.args)

@@ -1,20 +1,21 @@
-"""Repeat the update at which a run gave up, because losses were not finite, and say where the first bad value arises.
+"""Repeat the update at which a run gave up because losses were not finite, and say where the first bad value arises.
 
     python tools/replay.py output/NAME/TAG/nonfinite_step_000001234.pth [--data-path DIR] [--device cpu|cuda]
 
 The file holds the weights that the update met, each process's random streams, and the indices of its samples; the
-images are read again from where the run read them. The shares of several processes are computed one after another, with
-the same augmentation, mixing, stochastic depth and precision, and their gradients averaged.
+images are read again from where the run read them. The shares of several processes are computed one after another, by
+the function that training uses and with the same augmentation, mixing, stochastic depth and precision, and their
+gradients are averaged.
 
-Exit code: 0 loss and gradient norm are those of the run, 1 they are not, 2 the file cannot be used.
+Exit code: 0 if loss and gradient norm are those of the run, 1 if they are not, 2 if the file cannot be used.
 """
 
 import argparse
 import math
 import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, convert_conv2d_weight_memory_format
+from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from data import build_batch_transform, build_dataset, collate
+from main import accumulate_gradients
 from models import build_model
 from utils.checkpoint import read_training_state
-from utils.config import load_config
+from utils.config import parse_config
 from utils.errors import CheckpointError
 from utils.runtime import set_random_state, torch_random_state
-from utils.training import build_criterion, build_precision, poison_nonfinite
+from utils.session import Objective
+from utils.training import Progress, build_criterion, build_precision
 
 
 @dataclass
 class Share:
-    """What one process's part of the update came to.
+    """What one process's part of the update gave.
 
     Attributes:
         loss: mean over its micro-batches.
@@ -44,9 +48,9 @@ class Share:
         suspect: sentence about the first module with a non-finite output, or ''.
     """
 
-    loss: float = 0.0
-    samples: list[tuple[int, str, float]] = field(default_factory=list)
-    suspect: str = ""
+    loss: float
+    samples: list[tuple[int, str, float]]
+    suspect: str
 
 
 class FirstNonFinite:
@@ -63,11 +67,11 @@ class FirstNonFinite:
     def __enter__(self) -> "FirstNonFinite":
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, *_exception: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _look(self, name: str):
+    def _look(self, name: str) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             if self.found or not isinstance(output, Tensor) or torch.isfinite(output).all():
                 return
@@ -77,6 +81,46 @@ class FirstNonFinite:
             self.found = "\n    ".join(lines)
 
         return hook
+
+
+class Observer:
+    """Stands between an update and its model, and notes the samples' losses and the first bad micro-batch.
+
+    Args:
+        config: of the run.
+        device: where the update is repeated.
+        rank: whose share of the update.
+
+    Attributes:
+        losses: of the samples so far.
+        bad_images: the first images that are not finite, or whose scores are not; None if there are none.
+        random_state: the random streams when the model met them; None if the images themselves are not finite.
+    """
+
+    def __init__(self, config: CfgNode, *, device: torch.device, rank: int) -> None:
+        self._transform = build_batch_transform(config, is_train=True, device=device, rank=rank)
+        self._criterion = build_criterion(config, soft_targets=self._transform.mixes)
+        self._smoothing = 0.0 if self._transform.mixes else config.MODEL.LABEL_SMOOTHING
+        self._met: tuple[Tensor, dict[str, Tensor]] | None = None
+        self.losses: list[float] = []
+        self.bad_images: Tensor | None = None
+        self.random_state: dict[str, Tensor] | None = None
+
+    def transform(self, *batch: Tensor, **position: int) -> tuple[Tensor, Tensor]:
+        """Return what the batch transform returns."""
+        images, targets = self._transform(*batch, **position)
+        if self.bad_images is None and not torch.isfinite(images).all():
+            self.bad_images = images
+        self._met = images, torch_random_state()
+        return images, targets
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return what the criterion returns."""
+        if self.bad_images is None and not torch.isfinite(logits).all():
+            self.bad_images, self.random_state = self._met
+        scores = logits.detach().float()
+        self.losses += F.cross_entropy(scores, targets, reduction="none", label_smoothing=self._smoothing).tolist()
+        return self._criterion(logits, targets)
 
 
 class Replay:
@@ -96,7 +140,8 @@ class Replay:
         self.records = self.payload.get("update")
         if not self.records:
             raise CheckpointError(f"{path} is a checkpoint, not the dump of an update (nonfinite_step_N.pth)")
-        self.config = _config(self.payload["config"], data_path)
+        overrides = {"DATA.DATA_PATH": data_path} if data_path else None
+        self.config = parse_config(self.payload["config"], str(path), overrides)
         if self.config.TRAIN.SYNC_BN and len(self.records) > 1:
             raise ValueError(
                 "TRAIN.SYNC_BN was on: the processes' shares depend on each other and cannot be repeated "
@@ -105,6 +150,7 @@ class Replay:
         self.device = torch.device(device)
         self.dataset = build_dataset(self.config, is_train=True)
         self.model = build_model(self.config).to(self.device)
+        self.model.no_sync = nullcontext  # as of the distributed wrapper; one process has nothing to reduce
         convert_conv2d_weight_memory_format(self.model, torch.channels_last)  # as in training: the order of sums
         self.precision = build_precision(self.config, self.device)
         self.scaler = self.precision.scaler
@@ -129,46 +175,44 @@ class Replay:
         return shares, float(clip_grad_norm_(self.model.parameters(), math.inf))
 
     def _repeat(self, rank: int) -> Share:
-        """Forward and backward of one process's micro-batches, as main.accumulate_gradients does them."""
-        record, own, share = self.records[rank], self.payload["rank_state"][rank], Share()
+        """Run forward and backward over one process's micro-batches, as training did."""
+        record, own = self.records[rank], self.payload["rank_state"][rank]
         self.model.load_state_dict({**self.payload["model"], **own["buffers"]})
         self.model.train()
         self.model.zero_grad()
-        transform = build_batch_transform(self.config, is_train=True, device=self.device, rank=rank)
-        criterion = build_criterion(self.config, soft_targets=transform.mixes)
-        smoothing = 0.0 if transform.mixes else self.config.MODEL.LABEL_SMOOTHING
+        group = [
+            collate([self.dataset[record["epoch"], index] for index in micro.tolist()]) for micro in record["indices"]
+        ]
+        observer = Observer(self.config, device=self.device, rank=rank)
+        objective = Objective(
+            config=self.config,
+            precision=self.precision,
+            transform=observer.transform,
+            criterion=observer.criterion,
+        )
         set_random_state(record["rng"])
-        total = torch.zeros((), device=self.device)
-        for number, micro in enumerate(record["indices"]):
-            images, targets, indices = collate([self.dataset[record["epoch"], int(index)] for index in micro])
-            update = record["step"] * max(1, self.config.TRAIN.ACCUMULATION_STEPS) + number
-            images, targets = transform(images, targets, indices, epoch=record["epoch"], update=update)
-            if not torch.isfinite(images).all():
-                share.suspect = share.suspect or f"the images themselves are not finite: {describe(images)}"
-            before = torch_random_state()
-            with self.precision.autocast():
-                logits = self.model(images)
-                loss = criterion(logits, targets) / len(record["indices"])
-            self.scaler.scale(poison_nonfinite(loss)).backward()
-            if not torch.isfinite(logits).all():
-                share.suspect = share.suspect or self._first_nonfinite(images, before)
-            total += loss.detach()
-            each = F.cross_entropy(logits.detach().float(), targets, reduction="none", label_smoothing=smoothing)
-            share.samples += zip(micro.tolist(), record["names"][number], each.tolist(), strict=True)
-        share.loss = float(total)
-        return share
+        progress = Progress(global_step=record["step"], epoch=record["epoch"])
+        loss = accumulate_gradients(self.model, group, progress, objective)
+        indices = [index for micro in record["indices"] for index in micro.tolist()]
+        names = [name for micro in record["names"] for name in micro]
+        samples = list(zip(indices, names, observer.losses, strict=True))
+        return Share(float(loss), samples, self._suspect(observer))
 
     @torch.no_grad()
-    def _first_nonfinite(self, images: Tensor, random_state: dict[str, Any]) -> str:
-        """Say where a forward pass goes wrong; a second one, because hooks change the order of sums."""
-        set_random_state(random_state)
+    def _suspect(self, observer: Observer) -> str:
+        """Say where values stopped being finite, by a second forward pass: hooks change the order of sums."""
+        if observer.bad_images is None:
+            return ""
+        if observer.random_state is None:
+            return f"the images themselves are not finite: {describe(observer.bad_images)}"
+        set_random_state(observer.random_state)
         with FirstNonFinite(self.model) as watch, self.precision.autocast():
-            self.model(images)
+            self.model(observer.bad_images)
         return watch.found
 
 
 def describe(tensor: Tensor) -> str:
-    """Say how many values of a tensor are not finite and how large the others are."""
+    """Return how many values of a tensor are not finite and how large the others are, as text."""
     values = tensor.detach().float()
     finite = torch.isfinite(values)
     bad = int((~finite).sum())
@@ -178,7 +222,7 @@ def describe(tensor: Tensor) -> str:
 
 
 def compare(recorded: float, repeated: float) -> tuple[str, bool]:
-    """Say whether two numbers agree: to the last bit, both not finite, or up to the order of a sum."""
+    """Return whether two numbers agree, and how: to the last bit, both not finite, or up to the order of a sum."""
     if recorded == repeated or (math.isnan(recorded) and math.isnan(repeated)):
         return "identical", True
     if not math.isfinite(recorded) and not math.isfinite(repeated):
@@ -215,16 +259,8 @@ def report(replay: Replay, shares: list[Share], norm: float, *, shown: int) -> b
     return repeated and same
 
 
-def _config(text: str, data_path: str | None):
-    """The run's config, with another place of the data if that is given."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config_of_the_run.yaml"
-        path.write_text(text, encoding="utf-8")
-        return load_config(path, overrides={"DATA.DATA_PATH": data_path} if data_path else None)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Command line; return the exit code."""
     parser = argparse.ArgumentParser(description="Repeat the update at which a run gave up.")
     parser.add_argument("dump", type=Path, help="nonfinite_step_N.pth in the run's output folder")
     parser.add_argument("--data-path", help="where the data are now (default: where the run read them)")

@@ -1,38 +1,68 @@
-"""What surrounds the training state, and where the loop stands in the run."""
+"""What surrounds the training state: the parts of a run, and what they do after an update."""
 
+import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+from yacs.config import CfgNode
 
-from utils.checkpoint import CheckpointStore
+from utils.checkpoint import (
+    LAST,
+    CheckpointStore,
+    capture,
+    check_continuation,
+    read_training_state,
+    restore,
+    write_dump,
+)
+from utils.errors import NonFiniteError
 from utils.runtime import Run, StopRequest, gather_objects
-from utils.training import Precision, Progress, TrainState, global_batch_size
+from utils.training import Precision, Progress, TrainState, UpdateTimer, global_batch_size, log_updates
+
+logger = logging.getLogger(__name__)
+
+SLOW_SAVE_SECONDS = 20
+
+Batch = tuple[Tensor, Tensor, Tensor]  # images (B, C, H, W), targets (B,), sample indices (B,)
 
 
-@dataclass(frozen=True)
-class Session:
-    """What the loop needs besides the state; nothing in here survives a crash, the config rebuilds it."""
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """How a batch becomes a loss: what ``main.accumulate_gradients`` needs besides the model and the progress."""
 
-    config: Any
-    run: Run
+    config: CfgNode
     precision: Precision
+    transform: Callable[..., tuple[Tensor, Tensor]]
+    criterion: nn.Module
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per update."""
+        return max(1, self.config.TRAIN.ACCUMULATION_STEPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session(Objective):
+    """What the loop needs besides the state; nothing in here has to survive a crash, the config rebuilds it."""
+
+    run: Run
     loader: DataLoader
     val_loader: DataLoader
-    transform: Callable[..., tuple[Tensor, Tensor]]
     val_transform: Callable[..., tuple[Tensor, Tensor]]
-    criterion: nn.Module
     store: CheckpointStore
     stop: StopRequest
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     def __enter__(self) -> "Session":
         return self
@@ -42,63 +72,157 @@ class Session:
         self.loader.close()
         self.val_loader.close()
 
-    def count_bad_images(self) -> int:
-        """Unreadable training images met so far, over all processes (``DATA.BAD_IMAGES skip``). Collective."""
-        return len(set().union(*gather_objects(self.loader.dataset.bad_indices())))
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches an update."""
-        return max(1, self.config.TRAIN.ACCUMULATION_STEPS)
+    # the position in the run
 
     @property
     def updates_per_epoch(self) -> int:
-        """Optimizer updates of a whole epoch; the last one may have fewer micro-batches."""
+        """Optimizer updates per epoch; the last one may have fewer micro-batches."""
         return math.ceil(self.loader.sampler.batches_per_epoch / self.accumulation)
 
-    def updates_left(self, progress: Progress) -> int:
-        """Updates until the end of the run."""
-        return self.config.TRAIN.EPOCHS * self.updates_per_epoch - self.updates_done(progress)
-
-    def where(self, progress: Progress) -> str:
-        """Place in the run, for messages."""
-        in_epoch = self.updates_done(progress) - progress.epoch * self.updates_per_epoch
-        return (
-            f"epoch {progress.epoch + 1}/{self.config.TRAIN.EPOCHS} update {in_epoch}/{self.updates_per_epoch} "
-            f"(step {progress.global_step})"
-        )
-
-    def log_due(self, done: int) -> bool:
-        """Whether to log: every ``PRINT_FREQ`` updates of an epoch, and after its last."""
-        in_epoch = (done - 1) % self.updates_per_epoch + 1
-        return in_epoch % self.config.PRINT_FREQ == 0 or in_epoch == self.updates_per_epoch
-
-    def check_due(self, done: int) -> bool:
-        """Whether to read the guard's counters, which on a GPU waits for the device."""
-        every = 1 if self.run.device.type == "cpu" else min(self.config.PRINT_FREQ, self.config.TRAIN.MAX_NONFINITE)
-        return done % every == 0
-
     def updates_done(self, progress: Progress) -> int:
-        """Position in the schedule: updates of completed epochs and of the one in progress.
+        """Return the position in the schedule: updates of completed epochs and of the one in progress.
 
         Counted from the samples seen, so that the schedule stays in place when a run is resumed with another batch.
         """
         in_epoch = math.ceil(progress.samples_seen / global_batch_size(self.config, self.run.world_size))
         return progress.epoch * self.updates_per_epoch + min(in_epoch, self.updates_per_epoch)
 
+    def updates_left(self, progress: Progress) -> int:
+        """Return the number of updates until the end of the run."""
+        return self.config.TRAIN.EPOCHS * self.updates_per_epoch - self.updates_done(progress)
+
+    def position_text(self, progress: Progress) -> str:
+        """Return the position in the run, for messages."""
+        in_epoch = self.updates_done(progress) - progress.epoch * self.updates_per_epoch
+        return (
+            f"epoch {progress.epoch + 1}/{self.config.TRAIN.EPOCHS} update {in_epoch}/{self.updates_per_epoch} "
+            f"(step {progress.global_step})"
+        )
+
+    def set_learning_rate(self, state: TrainState) -> None:
+        """Set the learning rate of the next update, which is a function of the position alone."""
+        done = self.updates_done(state.progress)
+        if done:
+            state.scheduler.step_update(done - 1)
+
+    # what follows an update
+
+    def after_update(self, state: TrainState, timer: UpdateTimer, *, lr: float) -> bool:
+        """Check, log and save where that is due. Collective.
+
+        Args:
+            state: after the update.
+            timer: of the epoch.
+            lr: learning rate of the update.
+
+        Returns:
+            Whether all processes agreed to stop before the next update; ``stop.agreed`` says why.
+        """
+        done = self.updates_done(state.progress)
+        if self.check_due(done):
+            self.check_finite(state)
+        if self.log_due(done):
+            log_updates(
+                self.position_text(state.progress),
+                state.means,
+                timer,
+                lr=lr,
+                left=self.updates_left(state.progress),
+                device=self.run.device,
+            )
+        if self.stop.poll():
+            return True
+        save_steps = self.config.TRAIN.SAVE_STEPS
+        due = self.stop.save_due or (save_steps and state.progress.global_step % save_steps == 0)
+        if due and not state.guard.last_skipped():
+            self.save(state)
+        return False
+
+    def check_due(self, done: int) -> bool:
+        """Return whether to read the guard's counters, which on a GPU waits for the device."""
+        every = 1 if self.run.device.type == "cpu" else min(self.config.PRINT_FREQ, self.config.TRAIN.MAX_NONFINITE)
+        return done % every == 0
+
+    def check_finite(self, state: TrainState) -> None:
+        """Report skipped updates; after too many in a row, end the run with a dump of the last one. Collective.
+
+        Raises:
+            NonFiniteError: the message names the dump and the last good checkpoint.
+        """
+        try:
+            state.guard.check(self.position_text(state.progress))
+        except NonFiniteError as error:
+            folder = self.run.output_dir
+            path = write_dump(state, self.metadata, folder, self.loader.dataset.sample_name)
+            last = folder / LAST
+            raise NonFiniteError(
+                f"{error}. The last good checkpoint is {last if last.exists() else 'none yet'}; "
+                f"repeat the update with: python tools/replay.py {path}"
+            ) from None
+
+    def log_due(self, done: int) -> bool:
+        """Return whether to log: every ``PRINT_FREQ`` updates of an epoch, and after its last one."""
+        in_epoch = (done - 1) % self.updates_per_epoch + 1
+        return in_epoch % self.config.PRINT_FREQ == 0 or in_epoch == self.updates_per_epoch
+
+    # what survives
+
+    def save(self, state: TrainState, names: tuple[str, ...] = ()) -> Path:
+        """Write the state as the newest checkpoint and under ``names``; return its path. Collective."""
+        started = time.monotonic()
+        path = self.store.save(capture(state, self.metadata), names)
+        self.stop.saved()
+        seconds = time.monotonic() - started
+        logger.info("saved %s (%.1f s)", ", ".join((path.name, *names)), seconds)
+        if seconds > SLOW_SAVE_SECONDS:
+            logger.warning(
+                "saving took %.0f s; torchrun kills a stopping run after 30 s unless told otherwise "
+                "(--shutdown-timeout), so write to a faster disk or ask for the stop earlier",
+                seconds,
+            )
+        return path
+
+    def resume(self, state: TrainState, path: Path, allowed: Collection[str]) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            state: what to fill.
+            path: the checkpoint.
+            allowed: keys of the recipe that may differ (``--allow-change KEY``).
+
+        Raises:
+            CheckpointError: the file is damaged, or belongs to another recipe, data set, model or optimizer.
+        """
+        payload = read_training_state(path)
+        check_continuation(self.config, self.metadata, payload, path, allowed)
+        restore(state, payload, path)
+        self.set_learning_rate(state)
+        progress = state.progress
+        logger.info(
+            "resumed from %s: epoch %d, update %d, best top-1 %.2f %%",
+            path,
+            progress.epoch,
+            progress.global_step,
+            progress.best_acc1,
+        )
+
+    def count_bad_images(self) -> int:
+        """Return how many training images could not be read so far (``DATA.BAD_IMAGES skip``). Collective."""
+        return len(set().union(*gather_objects(self.loader.dataset.bad_indices())))
+
 
 @contextmanager
 def located_errors(session: Session, state: TrainState) -> Iterator[None]:
-    """Note in an error from inside where the run was, and what it usually means when a data worker is killed.
+    """Note in an error from inside where the run was, and the usual reason if a data worker was killed.
 
     PyTorch reports that death wherever the process happens to be, not only where batches are fetched.
     """
     try:
         yield
     except Exception as error:
-        place = session.where(state.progress)
-        if place not in str(error):
-            error.add_note(f"at {place}")
+        position = session.position_text(state.progress)
+        if position not in str(error):
+            error.add_note(f"at {position}")
         if "DataLoader worker" in str(error) and "DATA.NUM_WORKERS" not in str(error):
             error.add_note(
                 "a data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
@@ -107,8 +231,8 @@ def located_errors(session: Session, state: TrainState) -> Iterator[None]:
         raise
 
 
-def update_groups(session: Session, state: TrainState) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Yield the epoch's remaining updates as lists of micro-batches, with a bar if somebody watches."""
+def update_groups(session: Session, state: TrainState) -> Iterator[list[Batch]]:
+    """Yield the epoch's remaining updates as lists of micro-batches, with a progress bar on a terminal."""
     batches = iter(session.loader)
     groups = iter(lambda: list(islice(batches, session.accumulation)), [])
     watched = session.run.is_main and sys.stderr.isatty()

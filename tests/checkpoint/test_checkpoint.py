@@ -50,7 +50,7 @@ def make_state(*, seed: int = 0, width: int = 3, optimizer: str = "adamw", ema: 
         state.guard.begin({})
         loss = model(torch.randn(8, 4)).square().mean()
         loss.backward()
-        state.means.add(loss, loss, state.guard.finish(state.optimizer, state.scaler, loss.detach()))
+        state.means.add(loss, loss, state.guard.step_unless_nonfinite(state.optimizer, state.scaler, loss.detach()))
         state.optimizer.zero_grad()
         if ema:
             state.ema.update(model, step=step)
@@ -174,7 +174,7 @@ def test_refused_and_nothing_changed(tmp_path, saved, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ({"width": 5}, "is of another model"),
+        ({"width": 5}, "belongs to another model"),
         ({"optimizer": "sgd"}, "another optimizer; set TRAIN.OPTIMIZER"),
         ({"ema": False}, "saved with averaged weights"),
     ),

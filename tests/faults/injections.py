@@ -1,9 +1,13 @@
-"""Faults. Each function changes one thing in a process that is about to run main.py; `driver.py` calls them by name.
+"""Faults. Each function changes one thing in a process that is about to run main.py; ``driver.py`` calls them by name.
 
 ``step`` counts optimizer updates from 0: a fault at step 7 strikes when seven updates are done and the eighth begins.
+What is patched are methods of classes, and functions that main.py itself defines: they are looked up when they are
+called, whoever has imported them.
 """
 
+import atexit
 import copy
+import dataclasses
 import errno
 import json
 import os
@@ -18,23 +22,30 @@ import torch
 
 import main
 from data.sources.base import FolderSource
-from utils.checkpoint import dump, store
-from utils.runtime import start as runtime
+from utils.checkpoint import CheckpointStore, write_dump
+from utils.runtime import Run
+from utils.session import Session
+from utils.training import NonFiniteGuard
 
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _before(owner: object, name: str, action) -> None:
+    """Call ``action``, with the same arguments, before a method or a function of main.py."""
+    original = getattr(owner, name)
+
+    def patched(*args, **options):
+        action(*args, **options)
+        return original(*args, **options)
+
+    setattr(owner, name, patched)
+
+
 def _before_update(action) -> None:
-    """Call ``action(state, session, group)`` when an update begins."""
-    original = main.accumulate_gradients
-
-    def accumulate_gradients(model, group, state, session):
-        action(state, session, group)
-        return original(model, group, state, session)
-
-    main.accumulate_gradients = accumulate_gradients
+    """Call ``action(record)`` when an update begins; the record has its step, epoch and sample indices."""
+    _before(NonFiniteGuard, "begin", lambda _guard, record: action(record))
 
 
 def send(number: int, step: int, rank: int = 0, *, once: str = "", group: bool = False) -> None:
@@ -48,8 +59,8 @@ def send(number: int, step: int, rank: int = 0, *, once: str = "", group: bool =
         group: send it to the process group.
     """
 
-    def strike(state, session, _batches) -> None:
-        if state.progress.global_step == step and session.run.rank == rank and not (once and Path(once).exists()):
+    def strike(record) -> None:
+        if record["step"] == step and _rank() == rank and not (once and Path(once).exists()):
             if once:
                 Path(once).touch()
             (os.killpg if group else os.kill)(os.getpgid(0) if group else os.getpid(), number)
@@ -60,8 +71,8 @@ def send(number: int, step: int, rank: int = 0, *, once: str = "", group: bool =
 def hang(step: int, rank: int = 0) -> None:
     """Let a process stop working without ending."""
 
-    def strike(state, session, _group) -> None:
-        if state.progress.global_step == step and session.run.rank == rank:
+    def strike(record) -> None:
+        if record["step"] == step and _rank() == rank:
             time.sleep(3600)
 
     _before_update(strike)
@@ -69,71 +80,64 @@ def hang(step: int, rank: int = 0) -> None:
 
 def slow_updates(seconds: float) -> None:
     """Make every update take longer."""
-    _before_update(lambda *_: time.sleep(seconds))
+    _before_update(lambda _: time.sleep(seconds))
 
 
 def record_samples(folder: str) -> None:
     """Append every update's sample indices to ``folder/rank{r}.jsonl``."""
 
-    def note(state, session, group) -> None:
-        row = {
-            "epoch": state.progress.epoch,
-            "step": state.progress.global_step,
-            "indices": [i for _, _, indices in group for i in indices.tolist()],
-        }
-        with open(Path(folder) / f"rank{session.run.rank}.jsonl", "a", encoding="utf-8") as file:
+    def note(record) -> None:
+        indices = [index for micro in record["indices"] for index in micro.tolist()]
+        row = {"epoch": record["epoch"], "step": record["step"], "indices": indices}
+        with open(Path(folder) / f"rank{_rank()}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     _before_update(note)
 
 
+def _change_session(**changes) -> None:
+    """Replace fields of the session that main.py builds: name -> function of the session that returns the new value."""
+    original = main.build_session
+
+    def build_session(*args) -> Session:
+        session = original(*args)
+        return dataclasses.replace(session, **{name: change(session) for name, change in changes.items()})
+
+    main.build_session = build_session
+
+
 def bad_pixels(first: int, last: int, rank: int = 0, value: float = float("inf")) -> None:
     """Put ``value`` into one pixel of each batch of the updates ``first`` to ``last`` on one rank."""
-    original = main.build_batch_transform
 
-    def build_batch_transform(config, *, is_train, device, rank=0):
-        transform = original(config, is_train=is_train, device=device, rank=rank)
-        if not is_train or _rank() != chosen:
-            return transform
-
-        def spoil(images, targets, indices, *, epoch, update):
-            images, targets = transform(images, targets, indices, epoch=epoch, update=update)
-            if first <= update // max(1, config.TRAIN.ACCUMULATION_STEPS) <= last:
+    def spoiled(session: Session):
+        def transform(*batch, epoch, update):
+            images, targets = session.transform(*batch, epoch=epoch, update=update)
+            if first <= update // session.accumulation <= last and _rank() == rank:
                 images[0, 0, 0, 0] = value
             return images, targets
 
-        spoil.mixes = transform.mixes
-        return spoil
+        return transform
 
-    chosen = rank
-    main.build_batch_transform = build_batch_transform
+    _change_session(transform=spoiled)
 
 
 def bad_scores() -> None:
     """Make the evaluation meet images that are not numbers."""
-    original = main.build_batch_transform
 
-    def build_batch_transform(config, *, is_train, device, rank=0):
-        transform = original(config, is_train=is_train, device=device, rank=rank)
-        if is_train:
-            return transform
+    def spoiled(_session: Session):
         return lambda images, targets, *_, **__: (torch.full(images.shape, float("nan")), targets)
 
-    main.build_batch_transform = build_batch_transform
+    _change_session(val_transform=spoiled)
 
 
 def signal_in_evaluation(number: int, epoch: int) -> None:
     """Send a signal to this process when the evaluation after an epoch (from 0) begins."""
-    original = main.evaluate
 
-    def evaluate(model, loader, **options):
-        if signal_in_evaluation.count == epoch:
+    def strike(state, _session) -> None:
+        if state.progress.epoch == epoch:
             os.kill(os.getpid(), number)
-        signal_in_evaluation.count += 1
-        return original(model, loader, **options)
 
-    signal_in_evaluation.count = 0
-    main.evaluate = evaluate
+    _before(main, "validate", strike)
 
 
 def _replace_save(step: int, write) -> None:
@@ -190,33 +194,30 @@ class Unpicklable:
 
 def unpicklable_entry(step: int) -> None:
     """Put an object that cannot be pickled into the checkpoints from a step on."""
-    original = main.capture
 
-    def capture(state, facts):
-        payload = original(state, facts)
-        return payload if state.progress.global_step < step else {**payload, "extra": Unpicklable()}
+    def spoil(_store, payload, _names=()) -> None:
+        if payload["progress"]["global_step"] >= step:
+            payload["extra"] = Unpicklable()
 
-    main.capture = capture
+    _before(CheckpointStore, "save", spoil)
 
 
 def full_disk(step: int, limit: int, *, entirely: bool = False) -> None:
-    """Let no file grow beyond ``limit`` bytes from the checkpoint of a step on: the kernel refuses the write.
+    """Let no file of rank 0 grow beyond ``limit`` bytes from a step on: the kernel refuses the write.
 
     ``entirely`` refuses status.json too.
     """
-    original = store.write_checkpoint
 
-    def refuse(path, _text) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    def refuse(run, *_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.output_dir / "status.json"))
 
-    def write_checkpoint(path, payload) -> None:
-        if payload["progress"]["global_step"] >= step:
+    def fill(_store, payload, _names=()) -> None:
+        if payload["progress"]["global_step"] >= step and _rank() == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             if entirely:
-                runtime.write_text_atomic = refuse
-        original(path, payload)
+                Run.write_status = refuse
 
-    store.write_checkpoint = write_checkpoint
+    _before(CheckpointStore, "save", fill)
 
 
 def _while_reading(index: int, action) -> None:
@@ -243,65 +244,54 @@ def stuck_storage(index: int) -> None:
 
 def failing_start(rank: int, message: str) -> None:
     """Make one process fail while it builds its model."""
-    original = main.build_model
 
-    def build_model(config):
+    def strike(_session) -> None:
         if _rank() == rank:
             raise ValueError(message)
-        return original(config)
 
-    main.build_model = build_model
+    _before(main, "build_training", strike)
+
+
+def signal_at_start(number: int, rank: int = 0) -> None:
+    """Send a signal to one process while it builds its model."""
+
+    def strike(_session) -> None:
+        if _rank() == rank:
+            os.kill(os.getpid(), number)
+
+    _before(main, "build_training", strike)
 
 
 def report_memory(path: str) -> None:
     """Write to ``path`` by how many MiB the largest resident size grew over the run."""
-    original = runtime.teardown_logging
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def teardown_logging() -> None:
-        original()
+    def report() -> None:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         Path(path).write_text(f"{grown:.1f}")
 
-    runtime.teardown_logging = teardown_logging
+    atexit.register(report)
 
 
 def kill_after_report(epoch: int) -> None:
     """SIGKILL when an epoch (from 1) has been reported and is about to be saved."""
-    original = main.record_epoch
 
-    def record_epoch(directory, row, result) -> None:
-        original(directory, row, result)
-        if row["epoch"] == epoch:
+    def strike(_session, state, _names=()) -> None:
+        if (state.progress.epoch, state.progress.samples_seen) == (epoch, 0):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    main.record_epoch = record_epoch
+    _before(Session, "save", strike)
 
 
 def dump_update(step: int) -> None:
     """Write the dump of a healthy update, to check that replaying repeats it to the last bit."""
     kept = {}
 
-    def keep(state, session, _group) -> None:
-        if state.progress.global_step == step:
-            kept["payload"] = copy.deepcopy(main.capture(state, session.facts))
+    def act(session, state, _timer, **_options) -> None:
+        if state.progress.global_step == step:  # the state that the update will meet
+            kept["state"] = copy.deepcopy(state)
+        elif state.progress.global_step == step + 1:
+            kept["state"].guard.history = state.guard.history
+            write_dump(kept["state"], session.metadata, session.run.output_dir, session.loader.dataset.sample_name)
 
-    def check_finite(state, session) -> None:
-        if "payload" in kept:
-            dump.capture = lambda *_: kept.pop("payload")
-            dump.write_dump(state, session.facts, session.run.output_dir, session.loader.dataset.sample_name)
-
-    _before_update(keep)
-    main.check_finite = check_finite
-
-
-def signal_at_start(number: int, rank: int = 0) -> None:
-    """Send a signal to one process while it builds its model."""
-    original = main.build_model
-
-    def build_model(config):
-        if _rank() == rank:
-            os.kill(os.getpid(), number)
-        return original(config)
-
-    main.build_model = build_model
+    _before(Session, "after_update", act)

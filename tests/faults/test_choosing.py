@@ -179,7 +179,7 @@ def test_other_recipe_needs_leave(starter, out, opts, key, values):
     ("opts", "message"),
     (
         (("MODEL.STRIP_MLP.EMBED_DIM=16",), "MODEL.STRIP_MLP.EMBED_DIM: 8 in the checkpoint, 16 now"),
-        (("MODEL.STRIP_MLP.EMBED_DIM=16", "--allow-change", "MODEL.STRIP_MLP.EMBED_DIM"), "is of another model"),
+        (("MODEL.STRIP_MLP.EMBED_DIM=16", "--allow-change", "MODEL.STRIP_MLP.EMBED_DIM"), "belongs to another model"),
         (("TRAIN.OPTIMIZER.NAME=sgd", "--allow-change", "TRAIN.OPTIMIZER.NAME"), "another optimizer"),
         (("TRAIN.EMA_DECAY=0.0", "--allow-change", "TRAIN.EMA_DECAY"), "was saved with averaged weights"),
         (("--allow-change", "TRAIN.BASE_RL"), "TRAIN.BASE_LR"),

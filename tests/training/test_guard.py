@@ -38,7 +38,9 @@ class Training:
         self.guard.begin({"step": self.number})
         self.scaler.scale(poison_nonfinite(self.model(images).square().mean())).backward()
         self.scaler.unscale_(self.optimizer)
-        skipped = self.guard.finish(self.optimizer, self.scaler, clip_grad_norm_(self.model.parameters(), 5.0))
+        skipped = self.guard.step_unless_nonfinite(
+            self.optimizer, self.scaler, clip_grad_norm_(self.model.parameters(), 5.0)
+        )
         self.optimizer.zero_grad()
         return bool(skipped)
 
@@ -96,7 +98,7 @@ def test_finite_gradients_of_an_infinite_norm_are_skipped():
     for parameter in training.model.parameters():
         parameter.grad = torch.full_like(parameter, 3e38)
     norm = clip_grad_norm_(training.model.parameters(), 5.0)
-    assert training.guard.finish(training.optimizer, training.scaler, norm)
+    assert training.guard.step_unless_nonfinite(training.optimizer, training.scaler, norm)
     assert same(training.snapshot(), before)
 
 

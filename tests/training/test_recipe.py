@@ -59,7 +59,7 @@ def test_stored_training_run_through_the_projects_own_parts() -> None:
         grad_norm = clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD)
         for key, value in (("loss", loss), ("lr", optimizer.param_groups[0]["lr"]), ("grad_norm", grad_norm)):
             seen[key].append(float(torch.as_tensor(value).detach()))
-        assert not guard.finish(optimizer, scaler, grad_norm)
+        assert not guard.step_unless_nonfinite(optimizer, scaler, grad_norm)
         optimizer.zero_grad()
         scheduler.step_update(step)
     for key, values in seen.items():

@@ -124,7 +124,7 @@ def test_throughput_needs_no_data(
     assert "images/s" in capsys.readouterr().out
 
 
-def test_extending_a_finished_run_needs_leave(tiny: TinyRun, trained: Path, capsys: pytest.CaptureFixture) -> None:
+def test_extending_a_finished_run_needs_permission(tiny: TinyRun, trained: Path, capsys: pytest.CaptureFixture) -> None:
     resume = ("--resume", trained / "checkpoint_last.pth", "--epochs", 3)
     with pytest.raises(SystemExit):
         tiny.train(*resume, tag="longer")
@@ -210,7 +210,7 @@ def test_moving_average_is_ranked_saved_and_selectable(tiny: TinyRun) -> None:
 @pytest.mark.parametrize("amp", ("bf16", "fp16"))
 def test_mixed_precision(tiny: TinyRun, amp: str) -> None:
     row = rows(tiny.train("--amp", amp, tag=amp))[-1]
-    assert row["train_loss"] == row["train_loss"]
+    assert 0.0 < row["train_loss"] < 3.0  # ln 3 is chance
     assert row["skipped"] <= 4  # float16 skips while its scale settles: it starts at 65,536 and halves with each
 
 

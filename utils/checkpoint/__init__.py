@@ -1,4 +1,4 @@
-"""What survives a crash: the training state in files, and the weights of others."""
+"""What survives a crash: the training state in files, and weights from elsewhere."""
 
 from utils.checkpoint.capture import capture, read_training_state, restore
 from utils.checkpoint.dump import write_dump
@@ -6,7 +6,7 @@ from utils.checkpoint.files import resolve_source, sha256
 from utils.checkpoint.resume import (
     check_classes,
     check_continuation,
-    checkpoint_facts,
+    checkpoint_metadata,
     starting_point,
     warn_preprocessing,
 )
@@ -18,7 +18,7 @@ __all__ = [
     "capture",
     "check_classes",
     "check_continuation",
-    "checkpoint_facts",
+    "checkpoint_metadata",
     "CheckpointStore",
     "LAST",
     "load_weights",

@@ -1,4 +1,4 @@
-"""State of a training run: what survives a crash, how it is collected and put back."""
+"""The state of a training run: how it is collected for a checkpoint and put back."""
 
 import logging
 from dataclasses import asdict, fields
@@ -9,7 +9,7 @@ import timm
 import torch
 from torch.optim import Optimizer
 
-from utils.checkpoint.files import first_nonfinite, load_checkpoint, verify_checkpoint
+from utils.checkpoint.files import first_nonfinite, load_checkpoint
 from utils.errors import CheckpointError
 from utils.runtime import gather_objects, get_rank, get_world_size, random_state, set_random_state
 from utils.training import Progress, TrainState, averaged_batchnorm, batchnorm_buffers
@@ -31,15 +31,15 @@ _ENTRIES = {
 }
 
 
-def capture(state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
-    """Collect the state as tensors and plain types. Collective; call inside ``averaged_batchnorm``'s scope or not.
+def capture(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the state as tensors and plain types. Collective.
 
     ``model`` and ``ema`` hold BatchNorm statistics averaged over the processes, for whoever evaluates the file;
     ``rank_state`` holds each process's own, with its random streams, for the exact continuation.
 
     Args:
         state: the live state.
-        facts: further plain entries: config text, class names, preprocessing, ...
+        metadata: further plain entries: config text, class names, preprocessing, ...
     """
     ema = state.ema.module if state.ema is not None else None
     own = {"rng": random_state(), "buffers": _cpu(batchnorm_buffers(state.model)), "means": state.means.state()}
@@ -47,12 +47,7 @@ def capture(state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
         own["ema_buffers"] = _cpu(batchnorm_buffers(ema))
     rank_state = gather_objects(own)
     with averaged_batchnorm(state.model, ema):
-        model_state = {k: v.detach().clone() if "running_" in k else v for k, v in state.model.state_dict().items()}
-        ema_state = (
-            None
-            if ema is None
-            else {k: v.detach().clone() if "running_" in k else v for k, v in ema.state_dict().items()}
-        )
+        model_state, ema_state = _snapshot(state.model), None if ema is None else _snapshot(ema)
     return {
         "format_version": FORMAT_VERSION,
         "model": model_state,
@@ -65,20 +60,25 @@ def capture(state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
         "rank_state": rank_state,
         "world_size": get_world_size(),
         "versions": versions(state),
-        **facts,
+        **metadata,
     }
 
 
 def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
     """Put ``payload`` into the live state.
 
-    With the number of processes it was saved with, the continuation is exact: each process gets its own BatchNorm
+    With the number of processes that saved it, the continuation is exact: each process gets its own BatchNorm
     statistics and random streams back. With another number they start from the averages, and this is logged, as is
     another version of PyTorch, kind of device or number of threads, which round differently. The optimizer's settings
-    (decay, momenta) are the live ones: a change that was allowed takes effect.
+    (decay, momenta) stay the live ones, so that a change that was allowed takes effect.
+
+    Args:
+        state: the live state.
+        payload: what ``read_training_state`` returned.
+        path: its file, for messages.
 
     Raises:
-        CheckpointError: the file is of another model or optimizer; the live state is untouched.
+        CheckpointError: the file belongs to another model or optimizer; the live state is untouched.
     """
     _check_payload(state, payload, path)
     state.model.load_state_dict(payload["model"])
@@ -92,15 +92,7 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
         state.scaler.load_state_dict(payload["scaler"])
     state.guard.load_state_dict(payload["guard"])
     state.progress = Progress(**payload["progress"])
-    then, now = payload.get("versions", {}), versions(state)
-    for name in sorted(name for name in then.keys() & now.keys() if then[name] != now[name]):
-        logger.warning(
-            "%s was saved with %s %s, this is %s: the continuation is not exact to the last bit",
-            path,
-            name,
-            then[name],
-            now[name],
-        )
+    _warn_of_other_versions(payload.get("versions", {}), versions(state), path)
     if payload["world_size"] == get_world_size():
         own = payload["rank_state"][get_rank()]
         _copy_into(batchnorm_buffers(state.model), own["buffers"])
@@ -118,8 +110,19 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
         )
 
 
+def _warn_of_other_versions(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    for name in sorted(name for name in then.keys() & now.keys() if then[name] != now[name]):
+        logger.warning(
+            "%s was saved with %s %s, this is %s: the continuation is not exact to the last bit",
+            path,
+            name,
+            then[name],
+            now[name],
+        )
+
+
 def versions(state: TrainState) -> dict[str, Any]:
-    """What the bits of a training depend on besides its recipe."""
+    """Return what the bits of a training depend on besides its recipe."""
     device = next(state.model.parameters()).device.type
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
     return {"torch": str(torch.__version__), "timm": timm.__version__, "device": device, **threads}
@@ -131,8 +134,9 @@ def read_training_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: damaged, not ours, of a newer format, or without an entry that a training state needs.
     """
-    _check_format(verify_checkpoint(path), path)
-    return load_checkpoint(path)
+    payload = load_checkpoint(path, strict=True)
+    _check_format(payload, path)
+    return payload
 
 
 def _check_format(payload: dict[str, Any], path: Path) -> None:
@@ -177,7 +181,7 @@ def _check_tensors(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
     wrong += [f"{k}: not in the file" for k in own if k not in theirs]
     if wrong:
         raise CheckpointError(
-            f"{path} is of another model ({len(wrong)} entries differ): "
+            f"{path} belongs to another model ({len(wrong)} entries differ): "
             + "; ".join(wrong[:5])
             + ". To start from its weights use --pretrained"
         )
@@ -200,6 +204,11 @@ def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any], path: Path) ->
                     f"{path}: optimizer state {name} of parameter {index} has shape "
                     f"{list(value.shape)}, the parameter {list(parameters[index].shape)}"
                 )
+
+
+def _snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state dict of a model, with copies of what ``averaged_batchnorm`` is about to put back."""
+    return {**model.state_dict(), **{name: buffer.clone() for name, buffer in batchnorm_buffers(model).items()}}
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,48 +3,36 @@
 ``tools/replay.py`` reads it and repeats that update.
 """
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoint.capture import capture
 from utils.checkpoint.files import write_checkpoint
-from utils.errors import CheckpointError
-from utils.runtime import broadcast_object, gather_objects, is_main_process
+from utils.runtime import gather_objects, on_main_process
 from utils.training import TrainState
 
-logger = logging.getLogger(__name__)
 
+def write_dump(state: TrainState, metadata: dict[str, Any], directory: Path, sample_name: Callable[[int], str]) -> Path:
+    """Write ``nonfinite_step_N.pth`` and return its path. Collective.
 
-def write_dump(state: TrainState, facts: dict[str, Any], directory: Path, sample_name: Callable[[int], str]) -> Path:
-    """Write ``nonfinite_step_N.pth``. Collective.
-
-    The weights and the optimizer are those that the update met, because a skipped update changes nothing. Each
-    process adds its random stream, its samples' indices and names, and its loss and the gradient norm.
+    The weights and the optimizer are those that the update met, because a skipped update changes nothing. Each process
+    adds its random streams, the indices and names of its samples, its loss, and the gradient norm.
 
     Args:
         state: the live state, right after a skipped update.
-        facts: plain entries of the checkpoints (config text, class names).
+        metadata: plain entries of the checkpoints (config text, class names).
         directory: output folder.
         sample_name: index -> path or name, of the training set.
 
     Raises:
-        CheckpointError: on all processes alike, if rank 0 could not write.
+        CheckpointError: rank 0 could not write; on all processes.
     """
     record = dict(state.guard.history[-1])
     record["loss"], record["grad_norm"] = float(record["loss"]), float(record["grad_norm"])
     record["names"] = [[sample_name(int(i)) for i in micro] for micro in record["indices"]]
     records = gather_objects(record)
-    payload = {**capture(state, facts), "update": records}
+    payload = {**capture(state, metadata), "update": records}
     path = directory / f"nonfinite_step_{record['step']:09d}.pth"
-    problem = ""
-    if is_main_process():
-        try:
-            write_checkpoint(path, payload)
-        except CheckpointError as error:
-            problem = str(error)
-    problem = broadcast_object(problem)
-    if problem:
-        raise CheckpointError(problem)
+    on_main_process(lambda: write_checkpoint(path, payload))
     return path

@@ -1,8 +1,8 @@
-"""Files that hold checkpoints: written so that nothing half-written is ever visible, read so that nothing runs.
+"""Checkpoint files: written so that nothing half-written is ever visible, read so that nothing in them is executed.
 
-This is the only module of the project that unpickles. Every file, our own included, is opened in PyTorch's
-weights-only mode with one addition, the yacs node inside the published checkpoints, which is read as a plain
-ordered dict. There is no switch that turns the protection off.
+This is the only module of the project that unpickles. Every file, our own included, is opened in PyTorch's weights-only
+mode with one addition: the yacs node inside the published checkpoints is read as a plain ordered dict. There is no
+switch that turns the protection off.
 """
 
 import collections
@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError
-from utils.runtime import fsync_directory
+from utils.runtime import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,8 @@ _ALLOWED_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """Write ``payload`` to ``path`` atomically and durably, and read it back before it becomes visible.
 
-    The data go to a temporary file beside ``path``, are flushed to disk, verified (checksum of every member, loads
-    weights-only), and only then renamed over ``path``; the folder is flushed too. Whatever happens, ``path`` is
-    either the old file or the complete new one, and the temporary file is gone.
+    What was written is verified (checksum of every member, loads weights-only) before it is renamed: whatever happens,
+    ``path`` is either the old file or the complete new one.
 
     Args:
         path: final name; its folder exists.
@@ -46,46 +46,39 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the disk is full, a value cannot be pickled or would not load weights-only, ...
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    size = 0
     try:
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        verify_checkpoint(temporary)
-        os.replace(temporary, path)
-        fsync_directory(path.parent)
+        with atomic_file(path) as temporary:
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(payload, file)
+            finally:
+                size = temporary.stat().st_size if temporary.exists() else 0
+            verify_checkpoint(temporary)
     except CheckpointError as error:
         raise CheckpointError(f"cannot write checkpoint {path}: {error}") from error
     except Exception as error:
-        size = temporary.stat().st_size if temporary.exists() else 0
-        raise CheckpointError(
-            f"cannot write checkpoint {path} (after {size:,} bytes): {_root_reason(error)}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        reason = _root_reason(error)
+        raise CheckpointError(f"cannot write checkpoint {path} (after {size:,} bytes): {reason}") from error
 
 
 def link_checkpoint(source: Path, name: str) -> Path:
-    """Give the file ``source`` a second name in its folder, atomically; copy it where links are not possible."""
+    """Give the file ``source`` a second name in its folder, atomically; copy it where links are not possible.
+
+    Raises:
+        CheckpointError: the file could not be linked or copied.
+    """
     target = source.with_name(name)
-    temporary = source.with_name(f".{name}.tmp-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
     try:
-        try:
-            os.link(source, temporary)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
-                raise
-            with open(temporary, "wb") as file:
-                file.write(source.read_bytes())
-                os.fsync(file.fileno())
-        os.replace(temporary, target)
-        fsync_directory(target.parent)
+        with atomic_file(target) as temporary:
+            try:
+                os.link(source, temporary)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
+                    raise
+                shutil.copyfile(source, temporary)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
@@ -93,28 +86,32 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check that ``path`` is a complete checkpoint and return its contents with tensors on the meta device.
 
     Raises:
-        CheckpointError: missing, empty, truncated, damaged (a member's checksum is wrong), or not loadable
-            weights-only.
+        CheckpointError: missing, empty, truncated, damaged (a checksum is wrong), or not loadable weights-only.
     """
-    _check_magic(path)
-    _check_members(path, strict=True)
-    return load_checkpoint(path, map_location="meta")
+    return load_checkpoint(path, map_location="meta", strict=True)
 
 
-def load_checkpoint(path: str | Path, *, map_location: str = "cpu") -> dict[str, Any]:
-    """Open a file of unknown origin without running anything from it.
+def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool = False) -> dict[str, Any]:
+    """Open a file of unknown origin, after checking it whole, without running anything from it.
 
-    Accepts PyTorch's zip and legacy formats and safetensors (recognised by content, whatever the name). A
-    safetensors file comes back as ``{"model": tensors, "metadata": ...}``.
+    Accepts PyTorch's zip and legacy formats and safetensors (recognised by content, whatever the name). A safetensors
+    file comes back as ``{"model": tensors, "metadata": ...}``.
+
+    Args:
+        path: the file.
+        map_location: 'cpu', or 'meta' to read names and shapes only.
+        strict: refuse an archive without checksums, which this project never writes, instead of warning.
 
     Raises:
-        CheckpointError: the file is missing, empty, damaged, not a checkpoint, or asks to import code that is not
-            on the allow-list; the message names the file and what was found.
+        CheckpointError: the file is missing, empty, damaged, not a checkpoint, or asks to import code that is not on
+            the allow-list; the message names the file and what was found.
     """
     path = Path(path)
-    if _check_magic(path) == "safetensors":
+    kind = _check_magic(path)
+    if kind == "safetensors":
         return _load_safetensors(path, map_location)
-    _check_members(path, strict=False)
+    if kind == "zip":
+        _check_members(path, strict=strict)
     try:
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
             payload = torch.load(path, map_location=map_location, weights_only=True)
@@ -130,7 +127,7 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu") -> dict[str,
 
 
 def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first floating-point tensor with an infinite or undefined entry, or None."""
+    """Return the name of the first floating-point tensor with an infinite or undefined entry, or None."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return name
@@ -138,7 +135,7 @@ def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -205,12 +202,10 @@ def _check_magic(path: Path) -> str:
 
 def _check_members(path: Path, *, strict: bool) -> None:
     """Compare every member of a zip archive with its checksum; ``strict`` also refuses archives without checksums."""
-    if _check_magic(path) != "zip":
-        return
     try:
         with zipfile.ZipFile(path) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                # PyTorch never compresses; a small file could unfold to more than the memory holds
+                # PyTorch never compresses; a small file could expand to more than the memory holds
                 raise CheckpointError(f"{path} was not opened: its members are compressed, PyTorch writes them plain")
             if all(info.CRC == 0 for info in archive.infolist() if info.file_size):
                 # torch.serialization.set_crc32_options(False): legitimate in a stranger's file, never in ours
@@ -236,7 +231,7 @@ def _load_safetensors(path: Path, map_location: str) -> dict[str, Any]:
 
 
 def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
-    """Message for a pickle that needs more than tensors and plain types, without the advice to open it anyway."""
+    """Return the message for a pickle that needs more than plain types, without the advice to open it anyway."""
     try:
         wanted = sorted(
             set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {name for _, name in _ALLOWED_GLOBALS}
@@ -253,7 +248,7 @@ def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
 
 
 def _root_reason(error: BaseException) -> str:
-    """Reason of a failed write: the operating system's error wherever it is in the chain, else the error itself."""
+    """Return the reason of a failed write: the system's error wherever it is in the chain, else the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from yacs.config import CfgNode
 
 from utils.checkpoint.files import resolve_source
 from utils.checkpoint.store import CheckpointStore, step_inside
@@ -16,16 +16,15 @@ from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-# Keys that may differ without leave: another number of images an update is said in the log, and every sample is still
-# seen once an epoch.
+# Keys that may change without permission: the log says so, and every sample is still seen once per epoch.
 _BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")
 
 
-def starting_point(config, store: CheckpointStore) -> Path | None:
-    """File to continue from: explicit ``--resume``, else with ``TRAIN.AUTO_RESUME`` the run's own newest; or None.
+def starting_point(config: CfgNode, store: CheckpointStore) -> Path | None:
+    """Return the file to continue from: ``--resume``, else with ``TRAIN.AUTO_RESUME`` the run's own newest, or None.
 
-    torchrun repeats the command when it restarts a failed run (``--max-restarts``). ``--resume`` is meant for the first
-    attempt then: where the run has got beyond that file, a later attempt goes on from the run's own newest. Collective.
+    torchrun repeats the command when it restarts a failed run (``--max-restarts``). ``--resume`` is then meant for the
+    first attempt: once the run is past that file, a later attempt goes on from the run's own newest. Collective.
     """
     explicit = resolve_source(config.MODEL.RESUME) if config.MODEL.RESUME else None
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -37,8 +36,8 @@ def starting_point(config, store: CheckpointStore) -> Path | None:
     return explicit
 
 
-def checkpoint_facts(config, classes: Sequence[str], num_samples: int) -> dict[str, Any]:
-    """Plain entries that make a checkpoint explain itself: config text, data set, preprocessing.
+def checkpoint_metadata(config: CfgNode, classes: Sequence[str], num_samples: int) -> dict[str, Any]:
+    """Return the plain entries that make a checkpoint explain itself: config text, data set, preprocessing.
 
     Args:
         config: frozen config.
@@ -53,8 +52,8 @@ def checkpoint_facts(config, classes: Sequence[str], num_samples: int) -> dict[s
     }
 
 
-def _preprocessing(config) -> dict[str, Any]:
-    """What evaluation does to an image."""
+def _preprocessing(config: CfgNode) -> dict[str, Any]:
+    """Return what evaluation does to an image."""
     return {
         "img_size": config.DATA.IMG_SIZE,
         "interpolation": config.DATA.INTERPOLATION,
@@ -65,13 +64,13 @@ def _preprocessing(config) -> dict[str, Any]:
 
 
 def check_continuation(
-    config, facts: dict[str, Any], payload: dict[str, Any], path: Path, allowed: Collection[str]
+    config: CfgNode, metadata: dict[str, Any], payload: dict[str, Any], path: Path, allowed: Collection[str]
 ) -> None:
     """Refuse to continue a run under another recipe or with other classes; warn of another number of samples.
 
     Args:
         config: this run's config.
-        facts: this run's ``checkpoint_facts``.
+        metadata: this run's ``checkpoint_metadata``.
         payload: the checkpoint.
         path: for messages.
         allowed: keys of the recipe that may differ (``--allow-change KEY``).
@@ -80,22 +79,22 @@ def check_continuation(
         CheckpointError: recipe or classes differ.
     """
     check_recipe(config, payload, path, allowed)
-    check_classes(facts["classes"], payload, path)
-    then, now = payload.get("num_samples", facts["num_samples"]), facts["num_samples"]
+    check_classes(metadata["classes"], payload, path)
+    then, now = payload.get("num_samples", metadata["num_samples"]), metadata["num_samples"]
     if then != now:
         logger.warning(
-            "%s was trained on %d images, this data set has %d: their order is another one%s",
+            "%s was trained on %d images, this data set has %d: their order differs%s",
             path,
             then,
             now,
-            ", so that some may come twice or not at all in the epoch in progress"
+            ", so some may come twice or not at all in the epoch in progress"
             if payload["progress"]["samples_seen"]
             else "",
         )
 
 
-def check_recipe(config, payload: dict[str, Any], path: Path, allowed: Collection[str]) -> None:
-    """Refuse to continue a run under another recipe than it was started with.
+def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: Collection[str]) -> None:
+    """Refuse to continue a run under a recipe other than the one it was started with.
 
     Args:
         config: this run's config.
@@ -119,10 +118,10 @@ def check_recipe(config, payload: dict[str, Any], path: Path, allowed: Collectio
 
 
 def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | str) -> None:
-    """Compare the data set's class names with those a checkpoint was trained on; files without names pass.
+    """Compare the data set's class names with those that a checkpoint was trained on; files without names pass.
 
     Raises:
-        CheckpointError: number, names or order differ; labels would mean something else.
+        CheckpointError: number, names or order differ, so that labels would mean something else.
     """
     theirs = payload.get("classes")
     if not theirs or list(theirs) == list(classes):
@@ -135,8 +134,8 @@ def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | 
     raise CheckpointError(f"the data set's classes are not the ones of {path}: {what}")
 
 
-def warn_preprocessing(config, payload: dict[str, Any], path: Path | str) -> None:
-    """Log where a checkpoint's evaluation preprocessing differs from the config's."""
+def warn_preprocessing(config: CfgNode, payload: dict[str, Any], path: Path | str) -> None:
+    """Warn where a checkpoint's evaluation preprocessing differs from the config's."""
     theirs = payload.get("preprocessing") or {}
     ours = _preprocessing(config)
     for key in sorted(set(theirs) & set(ours)):
@@ -144,9 +143,3 @@ def warn_preprocessing(config, payload: dict[str, Any], path: Path | str) -> Non
             logger.warning(
                 "preprocessing %s: %s was trained with %s, this evaluation uses %s", key, path, theirs[key], ours[key]
             )
-
-
-def config_of(payload: dict[str, Any]) -> dict[str, Any]:
-    """Config stored in a checkpoint, ours (YAML text) or published (a mapping), as nested plain dicts; {} if none."""
-    stored = payload.get("config")
-    return yaml.safe_load(stored) if isinstance(stored, str) else dict(stored or {})

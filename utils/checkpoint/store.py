@@ -15,7 +15,7 @@ from utils.checkpoint.files import (
     write_checkpoint,
 )
 from utils.errors import CheckpointError
-from utils.runtime import broadcast_object, is_main_process
+from utils.runtime import on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -45,72 +45,62 @@ class CheckpointStore:
         """Write ``payload`` under its step's name, ``checkpoint_last.pth`` and ``names``. Collective.
 
         Raises:
-            CheckpointError: on all processes alike, if rank 0 could not write; earlier files are untouched.
+            CheckpointError, OSError: rank 0 could not write; on all processes. Earlier files are untouched.
         """
         path = self.directory / _STEP.format(payload["progress"]["global_step"])
-        problem = ""
-        if is_main_process():
-            try:
-                _refuse_nonfinite(payload, path)
-                write_checkpoint(path, payload)
-                for name in (LAST, *names):
-                    link_checkpoint(path, name)
-                for old in self._step_files()[self.keep :]:
-                    old.unlink()
-            except (CheckpointError, OSError) as error:
-                problem = str(error)
-        problem = broadcast_object(problem)
-        if problem:
-            raise CheckpointError(problem)
+
+        def write() -> None:
+            _refuse_nonfinite(payload, path)
+            write_checkpoint(path, payload)
+            for name in (LAST, *names):
+                link_checkpoint(path, name)
+            for old in self._step_files()[self.keep :]:
+                old.unlink()
+
+        on_main_process(write)
         return path
 
     def newest(self) -> Path | None:
-        """Path of the newest file that verifies, or None in a folder without checkpoints. Collective.
+        """Return the path of the newest file that verifies, or None in a folder without checkpoints. Collective.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is good; nothing may silently start from zero here.
+            CheckpointError: there are checkpoints, but none is good: nothing may silently start from zero here.
         """
-        found, problem = None, ""
-        if is_main_process():
-            try:
-                found = self._choose()
-            except CheckpointError as error:
-                problem = str(error)
-        found, problem = broadcast_object((found, problem))
-        if problem:
-            raise CheckpointError(problem)
-        return found
+        return on_main_process(self._choose)
 
     def set_aside_beyond(self, step: int) -> None:
-        """Rename the files of later updates than ``step``, where the run goes on, to ``NAME.aside``. Collective.
+        """Rename the files of updates after ``step``, where the run goes on, to ``NAME.aside``. Collective.
 
-        They are damaged or of a course that was given up. Left in place they would count as the newest: rotation
-        would delete what this run writes instead, and the next restart would continue the old course.
+        They are damaged, or the run has gone back to an earlier file. Left in place they would count as the newest:
+        rotation would delete what this run writes instead, and the next restart would continue from them.
 
         Raises:
-            CheckpointError: on all processes alike, if a file could not be renamed.
+            CheckpointError: a file could not be renamed; on all processes.
         """
-        problem = ""
-        if is_main_process():
-            try:
-                later = [path for path in self._step_files() if _number(path, _STEP_PATTERN) > step]
-                if step_inside(self.directory / LAST) > step:
-                    later.append(self.directory / LAST)
-                for path in later:
-                    os.replace(path, path.with_name(path.name + ".aside"))
-            except OSError as error:
-                problem = f"cannot set a checkpoint aside: {error}"
-            else:
-                if later:
-                    logger.warning(
-                        "the run goes on from update %d; later files are damaged or of another course and "
-                        "get the ending .aside: %s",
-                        step,
-                        ", ".join(path.name for path in later),
-                    )
-        problem = broadcast_object(problem)
-        if problem:
-            raise CheckpointError(problem)
+        on_main_process(lambda: self._set_aside(self._later_than(step), step))
+
+    def _later_than(self, step: int) -> list[Path]:
+        """Return the files of updates after ``step``, and ``checkpoint_last.pth`` if it is one or cannot be read."""
+        kept = [path for path in self._step_files() if _number(path, _STEP_PATTERN) <= step]
+        later = [path for path in self._step_files() if path not in kept]
+        last = self.directory / LAST
+        if last.exists() and not any(last.samefile(path) for path in kept) and step_inside(last) > step:
+            later.append(last)
+        return later
+
+    def _set_aside(self, paths: list[Path], step: int) -> None:
+        try:
+            for path in paths:
+                os.replace(path, path.with_name(f"{path.name}.aside"))
+        except OSError as error:
+            raise CheckpointError(f"cannot set a checkpoint aside: {error}") from error
+        if paths:
+            logger.warning(
+                "the run goes on from update %d; later files are damaged or no longer part of it and get the ending "
+                ".aside: %s",
+                step,
+                ", ".join(path.name for path in paths),
+            )
 
     def _choose(self) -> Path | None:
         reasons = []
@@ -133,12 +123,12 @@ class CheckpointStore:
         return None
 
     def _candidates(self) -> list[Path]:
-        """Files to try, newest first, ordered by the number in the name, never by time of change."""
+        """Return the files to try, newest first by the number in the name, never by the time of change."""
         others = [self.directory / LAST, *self._numbered(_EPOCH_PATTERN), self.directory / BEST]
         return self._step_files() + [path for path in others if path.exists()]
 
     def _step_files(self) -> list[Path]:
-        """Rolling files, newest first."""
+        """Return the rolling files, newest first."""
         return self._numbered(_STEP_PATTERN)
 
     def _numbered(self, pattern: re.Pattern) -> list[Path]:
@@ -151,7 +141,7 @@ def _number(path: Path, pattern: re.Pattern) -> int:
 
 
 def step_inside(path: Path) -> float:
-    """Update that a checkpoint holds; -inf if there is no such file, inf if it cannot be read."""
+    """Return the update that a checkpoint holds; -inf if there is no such file, inf if it cannot be read."""
     if not path.exists():
         return -math.inf
     try:

@@ -1,4 +1,4 @@
-"""Initialise a model from weights of another origin, and say exactly what was used."""
+"""Weights from a file into a model, with a report of exactly what was used."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ _LISTED = 8  # names shown of each kind in messages
 
 @dataclass
 class LoadReport:
-    """What became of the entries of a weight file.
+    """What was done with the entries of a weight file.
 
     Attributes:
         matched: model keys that were filled.
@@ -37,7 +37,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """The report as readable lines."""
+        """Return the report as readable lines."""
         lines = [
             f"{len(self.matched)} matched ({self.renamed} renamed), {len(self.reshaped)} of another shape, "
             f"{len(self.missing)} missing, {len(self.unexpected)} unexpected"
@@ -54,7 +54,7 @@ class LoadReport:
 def extract_weights(
     payload: Mapping[str, Any], path: Path, *, prefer_ema: bool, require_ema: bool = False
 ) -> dict[str, Tensor]:
-    """Find the weights in an opened checkpoint: ours, the published ones, timm's, or a bare state_dict.
+    """Return the weights of an opened checkpoint: ours, the published ones, timm's, or a bare state_dict.
 
     Args:
         payload: contents of the file.
@@ -111,15 +111,8 @@ def load_weights(
     choice = {"prefer_ema": prefer_ema, "require_ema": require_ema}
     shapes = extract_weights(load_checkpoint(path, map_location="meta"), path, **choice)
     report = _compare(model, shapes, remap)
-    head = _head_keys(model) if replace_head else set()
-    blocking = (
-        [key for key in report.reshaped if key not in head]
-        + [key for key in report.missing if key not in head]
-        + report.unexpected
-    )
     logger.info("weights from %s (sha256 %s): %s", path, sha256(path)[:16], report.text())
-    if blocking or not report.matched:
-        raise CheckpointError(_mismatch_message(path, report, blocking, _head_keys(model), replace_head))
+    _check_report(report, path, head=_head_keys(model), replace_head=replace_head)
 
     payload = load_checkpoint(path)
     weights = remap(extract_weights(payload, path, **choice))
@@ -130,16 +123,15 @@ def load_weights(
         own = model.state_dict()
         for key in report.matched:
             own[key].copy_(weights[key])
-    if report.reshaped or report.missing:
-        logger.info(
-            "the classifier (%s) keeps its fresh values: the file's head has another size",
-            ", ".join(sorted(set(report.reshaped) | set(report.missing))),
-        )
+    fresh = ", ".join(sorted({*report.reshaped, *report.missing}))
+    if fresh:
+        logger.info("the classifier (%s) keeps its fresh values: the file's head has another size", fresh)
     rest = {key: value for key, value in payload.items() if key not in ("model", "ema", "optimizer", "rank_state")}
     return report, rest
 
 
 def _compare(model: nn.Module, shapes: dict[str, Tensor], remap: Callable) -> LoadReport:
+    """Compare names and shapes of the file's entries, still under their names there, with the model's."""
     renamed = remap(shapes)
     own = model.state_dict()
     report = LoadReport()
@@ -158,7 +150,7 @@ def _compare(model: nn.Module, shapes: dict[str, Tensor], remap: Callable) -> Lo
 
 
 def _head_keys(model: nn.Module) -> set[str]:
-    """State-dict names of the classifier."""
+    """Return the state-dict names of the classifier."""
     if not hasattr(model, "get_classifier"):
         return set()
     classifier = model.get_classifier()
@@ -166,11 +158,16 @@ def _head_keys(model: nn.Module) -> set[str]:
     return {f"{prefix}.{name}" for name in classifier.state_dict()} if prefix else set()
 
 
-def _mismatch_message(path: Path, report: LoadReport, blocking: list[str], head: set[str], replace_head: bool) -> str:
+def _check_report(report: LoadReport, path: Path, *, head: set[str], replace_head: bool) -> None:
+    """Raise if weights would be left out: all of them, any that the model lacks, or any outside a replaced head."""
+    own = {*report.reshaped, *report.missing}
+    blocking = (own - head if replace_head else own) | set(report.unexpected)
     if not report.matched:
         advice = "none of its entries belongs to this model: is it a checkpoint of another architecture?"
-    elif set(blocking) <= head and not replace_head:
+    elif not blocking:
+        return
+    elif blocking <= head and not replace_head:
         advice = "only the classifier differs: set MODEL.NUM_CLASSES to the file's, or fine-tune with --pretrained"
     else:
         advice = "is MODEL.* of the config the variant that the file was made with?"
-    return f"{path} does not fit the model: {report.text()}\n  {advice}"
+    raise CheckpointError(f"{path} does not fit the model: {report.text()}\n  {advice}")

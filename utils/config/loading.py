@@ -67,18 +67,20 @@ def load_config(cfg_file: str | Path, opts: Sequence[str] = (), overrides: Mappi
     return _build(layers, problems, str(cfg_file))
 
 
-def parse_config(text: str, name: str) -> CfgNode:
+def parse_config(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> CfgNode:
     """Read a configuration from the text that ``dump_config`` made.
 
     Args:
         text: the YAML text.
         name: where the text comes from, for messages.
+        overrides: ``{'SECTION.KEY': value}`` of higher precedence.
 
     Raises:
         ValueError: with all problems, one a line.
     """
     problems: list[str] = []
-    return _build([text_layer(text, name, problems)], problems, name)
+    layers = [text_layer(text, name, problems), Layer(COMMAND_LINE, list((overrides or {}).items()))]
+    return _build(layers, problems, name)
 
 
 def dump_config(config: CfgNode) -> str:

@@ -1,43 +1,46 @@
-"""Small distributed API that is safe to call with and without a process group.
+"""A small distributed API that is safe to call with and without a process group.
 
 The environment variables of torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``) are the only
-source of the process layout; a half-set environment is an error, not a guess.
+source of the process layout; an environment that is half set is an error, not a guess.
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 def is_distributed() -> bool:
-    """Whether a process group exists in this process."""
+    """Return whether a process group exists in this process."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
-    """Rank of this process, 0 without a process group."""
+    """Return the rank of this process, 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def get_world_size() -> int:
-    """Number of processes, 1 without a process group."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def get_local_rank() -> int:
-    """Rank of this process on its machine (``LOCAL_RANK``), 0 without a launcher."""
+    """Return the rank of this process on its machine (``LOCAL_RANK``), 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def get_local_world_size() -> int:
-    """Number of processes on this machine (``LOCAL_WORLD_SIZE``), 1 without a launcher."""
+    """Return the number of processes on this machine (``LOCAL_WORLD_SIZE``), 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the files and the log (rank 0)."""
+    """Return whether this process writes the shared files (rank 0)."""
     return get_rank() == 0
 
 
@@ -49,7 +52,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:
-    """Return the object that process ``src`` passed (any picklable value; processes of one job trust each other)."""
+    """Return the object that process ``src`` passed: any picklable value, as processes of one job trust each other."""
     if not is_distributed():
         return obj
     box = [obj]
@@ -58,9 +61,33 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """Return the objects of all processes, in the order of their ranks, on every process."""
+    """Return the objects of all processes, ordered by rank, on every process."""
     if not is_distributed():
         return [obj]
     boxes: list[Any] = [None] * get_world_size()
     dist.all_gather_object(boxes, obj)
     return boxes
+
+
+def on_main_process(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 alone; return its result, or raise its error, on every process. Collective.
+
+    Args:
+        action: what to do; its result is sent to all processes.
+
+    Raises:
+        OSError, RuntimeError, ValueError: what ``action`` raised, of the same class and with the same message on all
+            processes. Another error ends rank 0, and the others by the loss of their connection.
+    """
+    result, error = broadcast_object(attempt(action) if is_main_process() else None)
+    if error is not None:
+        raise error
+    return result
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return (result, None), or (None, error) if ``action`` failed in a way that the other processes must hear of."""
+    try:
+        return action(), None
+    except (OSError, RuntimeError, ValueError) as error:
+        return None, error

@@ -1,9 +1,9 @@
-"""Work that several processes share: once for a machine, or a part of the cores each."""
+"""Work and cores that the processes of one machine share."""
 
 import os
 from collections.abc import Callable
 
-from utils.runtime.distributed import gather_objects, get_local_rank, get_local_world_size
+from utils.runtime.distributed import attempt, gather_objects, get_local_rank, get_local_world_size
 
 
 def once_per_machine(action: Callable[[], object], *, what: str) -> None:
@@ -16,19 +16,21 @@ def once_per_machine(action: Callable[[], object], *, what: str) -> None:
     Raises:
         RuntimeError: ``action`` failed on some machine; the message repeats the reason.
     """
-    failure, cause = None, None
-    if get_local_rank() == 0:
-        try:
-            action()
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1:]  # the errors of data workers begin with their traceback
-            failure, cause = f"{what} failed: {''.join(reason)} [{type(error).__name__}]", error
+    failure = ""
+    _, error = attempt(action) if get_local_rank() == 0 else (None, None)
+    if error is not None:
+        reason = str(error).strip().splitlines()[-1:]  # the errors of data workers begin with their traceback
+        failure = f"{what} failed: {''.join(reason)} [{type(error).__name__}]"
     failures = [text for text in gather_objects(failure) if text]  # also the barrier that the others wait at
     if failures:
-        raise RuntimeError("; ".join(sorted(set(failures)))) from cause
+        raise RuntimeError("; ".join(sorted(set(failures)))) from error
 
 
 def usable_cores(*, shared: bool = True) -> int:
-    """Number of CPU cores that this process may use: its share of the machine's, or all of them; at least 1."""
+    """Return the number of CPU cores that this process may use, at least 1.
+
+    Args:
+        shared: only this process's share of them, the machine's other processes taking theirs; else all.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // get_local_world_size()) if shared else cores

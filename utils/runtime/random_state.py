@@ -1,8 +1,8 @@
 """Random numbers that depend on what is computed, not on who computes it or when.
 
-The augmentation of a sample is a function of ``(seed, epoch, index)`` and the mixing of a batch a function of
+The augmentation of a sample is a function of ``(seed, epoch, index)``, the mixing of a batch one of
 ``(seed, epoch, rank, update)``. Neither the number of workers nor an interruption changes them, and the global random
-streams of the process stay where they were. Exact resume stands on this.
+streams of the process stay where they were. Exact resume rests on this.
 """
 
 import random
@@ -14,9 +14,16 @@ import numpy as np
 import torch
 
 
+def seed_process(seed: int) -> None:
+    """Seed the global streams of Python, NumPy and PyTorch, accelerators included, at the start of a run."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def streams_restored() -> Iterator[None]:
-    """Put Python's, numpy's and torch's (CPU) global streams back where they were, after a block that uses them."""
+    """Put the global streams of Python, NumPy and PyTorch (CPU) back where they were, after a block that uses them."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -48,14 +55,14 @@ def integer_seed(*entropy: int) -> int:
 
 
 def random_state() -> dict[str, Any]:
-    """States of Python's, NumPy's and PyTorch's global generators as plain types and tensors."""
+    """Return the states of Python's, NumPy's and PyTorch's global generators as plain types and tensors."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss)
     return {"python": random.getstate(), "numpy": numpy_state, **torch_random_state()}
 
 
 def torch_random_state() -> dict[str, torch.Tensor]:
-    """States of PyTorch's global generators: the CPU's, and the GPU's if there is one."""
+    """Return the states of PyTorch's global generators: the CPU's, and the GPU's if there is one."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

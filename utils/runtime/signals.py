@@ -1,33 +1,34 @@
 """Requests to stop or to save: signals and clocks, agreed on by all processes at the same update.
 
 A handler only sets a flag: no I/O, no logging and no collective happens inside it. The training loop asks
-``poll`` once an update; all processes then leave at the same update and save together.
+``poll`` once per update; all processes then leave at the same update and save together.
 """
 
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from utils.runtime.distributed import is_distributed
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_TIME_LIMIT = 1000  # beyond every signal number
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a batch system or a terminal sends them to a job
+_TIME_LIMIT = 1000  # larger than every signal number
 
 
 class StopRequest:
     """Listens for SIGTERM, SIGINT and SIGUSR1 and watches the clock.
 
-    The first signal asks for a clean stop. A second SIGINT (Ctrl-C again) is the ordinary KeyboardInterrupt.
+    The first signal asks for a clean stop. A second SIGINT (Ctrl-C again) raises the ordinary KeyboardInterrupt.
 
     Args:
         max_minutes: minutes from now after which the run stops by itself; 0 for no limit.
-        save_minutes: minutes after a save when the next one is due; 0 for never.
+        save_minutes: minutes from one save to the next; 0 for no saves by the clock.
 
     Attributes:
-        agreed: why the run shall stop, as of the last ``poll``, or ''.
+        agreed: why the run is to stop, as of the last ``poll``, or ''.
         save_due: whether a save is due, as of the last ``poll``.
     """
 
@@ -37,15 +38,15 @@ class StopRequest:
         self._last_save = time.monotonic()
         self.save_due = False
         self._deadline = time.monotonic() + 60.0 * max_minutes if max_minutes > 0 else None
-        self._previous = {}
+        self._previous: dict[int, Any] = {}
         self.agreed = ""
 
     def __enter__(self) -> "StopRequest":
-        for number in STOP_SIGNALS:
+        for number in JOB_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, *_exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
@@ -57,7 +58,7 @@ class StopRequest:
         self._code = max(self._code, number)
 
     def poll(self) -> str:
-        """Return why the run shall stop, or ''. Collective: every process calls it and gets the same answers."""
+        """Return why the run is to stop, or ''. Collective: every process calls it and gets the same answer."""
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:
             self._code = _TIME_LIMIT
@@ -74,6 +75,6 @@ class StopRequest:
         return self.agreed
 
     def saved(self) -> None:
-        """Call after a save: the clock of ``save_due`` starts again."""
+        """Restart the clock of ``save_due``; call this after every save."""
         self._last_save = time.monotonic()
         self.save_due = False

@@ -1,11 +1,10 @@
-"""Start and end of a run: processes, device, seeds, output folder, log. The order of the steps is fixed here."""
+"""Start and end of a run: processes, device, seeds, output folder, log. Their order is fixed here."""
 
 import fcntl
 import json
 import logging
 import os
 import platform
-import random
 import socket
 import sys
 import time
@@ -16,27 +15,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from yacs.config import CfgNode
 
 from utils.config import config_notices, dump_config, recipe_deviations, run_folder
 from utils.errors import CheckpointError, NonFiniteError, RunError
-from utils.runtime.distributed import (
-    broadcast_object,
-    get_local_rank,
-    get_rank,
-    get_world_size,
-    is_distributed,
-    is_main_process,
-)
+from utils.runtime.distributed import get_local_rank, get_rank, get_world_size, is_distributed, on_main_process
 from utils.runtime.files import write_text_atomic
 from utils.runtime.logging import setup_logging, teardown_logging
+from utils.runtime.random_state import seed_process
 
 logger = logging.getLogger(__name__)
-
 
 # Errors whose message says all: what is wrong, where, and what to do.
 USER_ERRORS = (ValueError, OSError, CheckpointError, NonFiniteError, RunError)
@@ -62,12 +54,12 @@ class Run:
         """Whether this process writes the shared files."""
         return self.rank == 0
 
-    def write_status(self, state: str, **facts: Any) -> None:
-        """Replace ``status.json``: state is running, preempted, completed or failed (rank 0 only)."""
+    def write_status(self, state: str, **details: Any) -> None:
+        """Write ``status.json`` on rank 0; ``state`` is running, preempted, completed or failed."""
         if self.is_main:
             row = {
                 "state": state,
-                **facts,
+                **details,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
@@ -75,7 +67,7 @@ class Run:
             write_text_atomic(self.output_dir / "status.json", json.dumps(row, indent=1) + "\n")
 
     def write_failure(self, error: BaseException) -> None:
-        """Write the state failed; on a disk that takes nothing any more, say so and leave ``error`` the last word."""
+        """Write the state failed. A disk that takes nothing any more only warns: ``error`` must stay the last word."""
         try:
             logs = {"logs": "the first error in log_rank*.txt is the cause"} if self.world_size > 1 else {}
             self.write_status("failed", error=f"{type(error).__name__}: {error_text(error)}", **logs)
@@ -84,52 +76,42 @@ class Run:
 
 
 def error_text(error: BaseException) -> str:
-    """Message of an error with the notes that were added to it."""
+    """Return the message of an error with the notes that were added to it."""
     return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 @contextmanager
-def start_run(config, *, locked: bool = True) -> Iterator[Run]:
+def start_run(config: CfgNode, *, locked: bool = True) -> Iterator[Run]:
     """Open a run and close it again, whatever happens inside.
 
-    Process group -> device -> seeds -> output folder and its lock -> log -> ``config.yaml`` and
-    ``deviations.json``. A process group always exists: NCCL and gloo with a GPU, gloo on the CPU, one process
-    without a launcher.
+    Process group -> device -> seeds -> output folder and its lock -> log -> ``config.yaml`` and ``deviations.json``. A
+    process group always exists: NCCL and gloo with a GPU, gloo on the CPU, one process without a launcher.
 
     Args:
         config: frozen config.
         locked: refuse to share the output folder with another live run (training); evaluation does not lock.
 
     Raises:
-        RunError: another run holds the folder, or the launcher's environment is half set.
-        OSError: the output folder cannot be made or written.
+        SystemExit: code 1, after one of ``USER_ERRORS`` has been logged, be it from inside or from here: another run
+            holds the folder, it cannot be made or written, the launcher's environment is half set.
     """
     lock = None
     try:
         device = _select_device()
         _init_process_group(config, device)
-        seed = config.SEED + get_rank()
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_process(config.SEED + get_rank())
         torch.backends.cudnn.benchmark = device.type == "cuda"
-        output_dir = run_folder(config)
-        lock = _prepare_folder(output_dir, locked)
-        setup_logging(output_dir, get_rank())
-        run = Run(device, get_rank(), get_world_size(), output_dir)
-        _log_start(config, run, write=locked)
+        run = Run(device, get_rank(), get_world_size(), run_folder(config))
+        lock = _prepare_folder(run, locked)
+        setup_logging(run.output_dir, run.rank)
+        _log_start(config, run)
+        if locked:
+            _record_recipe(config, run)
         yield run
     except BaseException as error:
-        if not isinstance(error, (SystemExit, KeyboardInterrupt)):
-            # the file gets the traceback of every error, the console only of those that the user did not cause
-            logger.error(
-                "rank %d stops: %s",
-                get_rank(),
-                error_text(error),
-                exc_info=True,
-                extra={"brief": isinstance(error, USER_ERRORS)},
-            )
-        # The peers may be dead or stuck in a collective: leaving without a goodbye is what ends them.
+        _log_failure(error)
+        # With several processes the group is not destroyed: the others may be stuck in a collective, and the loss of
+        # their connection to this process is what ends them.
         if is_distributed() and get_world_size() == 1:
             dist.destroy_process_group()
         if isinstance(error, USER_ERRORS):
@@ -142,6 +124,13 @@ def start_run(config, *, locked: bool = True) -> Iterator[Run]:
         if lock is not None:
             os.close(lock)
         teardown_logging()
+
+
+def _log_failure(error: BaseException) -> None:
+    """Log what ends the run; the console gets the traceback of bugs only, the file that of every error."""
+    if not isinstance(error, (SystemExit, KeyboardInterrupt)):
+        brief = {"brief": isinstance(error, USER_ERRORS)}
+        logger.error("rank %d stops: %s", get_rank(), error_text(error), exc_info=True, extra=brief)
 
 
 def _select_device() -> torch.device:
@@ -157,7 +146,7 @@ def _select_device() -> torch.device:
     return torch.device("cuda", index)
 
 
-def _init_process_group(config, device: torch.device) -> None:
+def _init_process_group(config: CfgNode, device: torch.device) -> None:
     """Join the launcher's processes, or make a group of one."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.TRAIN.DIST_TIMEOUT)
@@ -173,31 +162,32 @@ def _init_process_group(config, device: torch.device) -> None:
         )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    # torchrun keeps its store over --max-restarts, with the addresses of the dead attempt in it: each attempt gets
+    # torchrun keeps its store across --max-restarts, with the addresses of the dead attempt in it: each attempt gets
     # keys of its own.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _prepare_folder(output_dir: Path, locked: bool) -> int | None:
-    """Make the folder and take its lock on rank 0; all ranks fail together."""
-    lock, problem = None, None
-    if is_main_process():
+def _prepare_folder(run: Run, locked: bool) -> int | None:
+    """Make the output folder, remove what a killed run left, and return rank 0's lock; all ranks fail together."""
+
+    def prepare() -> int | None:
+        lock = None
         try:
-            output_dir.mkdir(parents=True, exist_ok=True)
+            run.output_dir.mkdir(parents=True, exist_ok=True)
             if locked:
-                lock = _lock_folder(output_dir)
-                for leftover in output_dir.glob(".*.tmp-*"):
+                lock = _lock_folder(run.output_dir)
+                for leftover in run.output_dir.glob(".*.tmp-*"):
                     leftover.unlink()
-        except RunError as error:
-            problem = error
         except OSError as error:
             reason = error.strerror or error
-            problem = OSError(f"cannot write the output folder {output_dir}: {reason}; choose another with --output")
-    problem = broadcast_object(problem)
-    if problem is not None:
-        raise problem
-    return lock
+            raise OSError(
+                f"cannot write the output folder {run.output_dir}: {reason}; choose another with --output"
+            ) from error
+        return lock
+
+    lock = on_main_process(prepare)
+    return lock if run.is_main else None
 
 
 def _lock_folder(output_dir: Path) -> int:
@@ -217,14 +207,12 @@ def _lock_folder(output_dir: Path) -> int:
     return descriptor
 
 
-def _log_start(config, run: Run, *, write: bool) -> None:
-    """Log what the run is, and store its config and its deviations from the published recipe."""
+def _log_start(config: CfgNode, run: Run) -> None:
+    """Log what runs where, and what the config's user should know."""
     logger.info("command: %s", " ".join(sys.argv))
-    device = (
-        torch.cuda.get_device_name(run.device)
-        if run.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} thread(s) a process"
-    )
+    device = f"CPU, {torch.get_num_threads()} thread(s) per process"
+    if run.device.type == "cuda":
+        device = torch.cuda.get_device_name(run.device)
     logger.info(
         "Python %s, torch %s, timm %s; %d process(es) on %s; output in %s",
         platform.python_version(),
@@ -236,9 +224,11 @@ def _log_start(config, run: Run, *, write: bool) -> None:
     )
     for notice in config_notices(config):
         logger.warning(notice)
+
+
+def _record_recipe(config: CfgNode, run: Run) -> None:
+    """Log the deviations from the published recipe; write ``config.yaml`` and ``deviations.json``."""
     deviations = recipe_deviations(config)
-    if not write:
-        return
     logger.info("deviations from the published recipe: %s", "none" if not deviations else "")
     for key, (published, actual) in deviations.items():
         logger.info("  %s: published %s, here %s", key, published, actual)

@@ -1,34 +1,31 @@
 """What trains and is measured: optimizer, schedule, losses, precision, evaluation, records."""
 
 from utils.training.batchnorm import averaged_batchnorm, batchnorm_buffers
-from utils.training.data_wait import DataWatch, worker_times
-from utils.training.evaluation import EvalResult, EvaluationStopped, evaluate, measure_throughput
+from utils.training.evaluation import EvalResult, evaluate, measure_throughput
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion
 from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
-from utils.training.meters import RunningMeans, StepTimer
+from utils.training.meters import RunningMeans, UpdateTimer
 from utils.training.optimizer import build_optimizer
-from utils.training.parallel import bring_up, compile_model, wrap_for_training
+from utils.training.parallel import compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.precision import Precision, build_precision
-from utils.training.records import epoch_row, log_step, record_epoch, trim_metrics
+from utils.training.records import epoch_row, log_updates, record_epoch, trim_metrics
 from utils.training.state import Progress, TrainState
 
 __all__ = [
     "averaged_batchnorm",
     "batchnorm_buffers",
-    "bring_up",
     "build_criterion",
     "build_optimizer",
     "build_precision",
     "build_scheduler",
+    "compile_and_warm_up",
     "compile_model",
-    "DataWatch",
     "epoch_row",
     "EvalResult",
     "evaluate",
-    "EvaluationStopped",
     "global_batch_size",
-    "log_step",
+    "log_updates",
     "measure_throughput",
     "NonFiniteGuard",
     "poison_nonfinite",
@@ -37,9 +34,8 @@ __all__ = [
     "record_epoch",
     "RunningMeans",
     "scaled_learning_rates",
-    "StepTimer",
     "TrainState",
     "trim_metrics",
-    "worker_times",
+    "UpdateTimer",
     "wrap_for_training",
 ]

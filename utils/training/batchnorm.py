@@ -10,7 +10,7 @@ from utils.runtime import all_reduce_sum, get_world_size
 
 
 def batchnorm_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Running statistics of all BatchNorm layers of ``model``, by their state-dict names."""
+    """Return the running statistics of all BatchNorm layers of ``model``, by their state-dict names."""
     buffers = {}
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -20,7 +20,7 @@ def batchnorm_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 class BufferBackup:
-    """A copy of a set of tensors that can be put back on a condition that only the device knows."""
+    """A copy of some tensors that can be put back under a condition that only the device knows."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._groups: list[list[Tensor]] = []
@@ -34,12 +34,12 @@ class BufferBackup:
 
     @torch.no_grad()
     def save(self) -> None:
-        """Remember the present values."""
+        """Copy the present values."""
         self._saved = [self._flat(group) for group in self._groups]
 
     @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:
-        """Put the remembered values back where ``condition`` (one boolean on the device) holds."""
+        """Put the saved values back if ``condition``, one boolean on the device, holds."""
         for group, saved in zip(self._groups, self._saved, strict=True):
             values = torch.where(condition, saved, self._flat(group))
             parts = [v.view_as(t) for v, t in zip(values.split([t.numel() for t in group]), group, strict=True)]
@@ -47,10 +47,10 @@ class BufferBackup:
 
 
 def average_buffers(buffers: list[Tensor]) -> None:
-    """Replace floating-point ``buffers`` by their mean over the processes, in one flat all-reduce.
+    """Replace floating-point ``buffers`` by their mean over the processes, in one flat all-reduce. Collective.
 
-    Every process must pass tensors of the same shapes in the same order. Integer buffers
-    (``num_batches_tracked``) are equal on all processes already and are left alone.
+    Every process must pass tensors of the same shapes in the same order. Integer buffers (``num_batches_tracked``) are
+    equal on all processes already and are left alone.
     """
     floating = [b for b in buffers if b.is_floating_point()]
     if get_world_size() == 1 or not floating:
@@ -63,10 +63,10 @@ def average_buffers(buffers: list[Tensor]) -> None:
 
 @contextmanager
 def averaged_batchnorm(*models: nn.Module | None) -> Iterator[None]:
-    """Inside, BatchNorm's running statistics are their means over the processes; outside, each process's own.
+    """Average BatchNorm's running statistics over the processes inside the block; put each process's own back after it.
 
-    Evaluation and saving thus see one model whatever the number of processes, and never change the course of
-    training. Collective: every process enters with the same models.
+    Evaluation and saving thus see one model whatever the number of processes, and never influence the training.
+    Collective: every process enters with the same models.
     """
     buffers = [b for m in models if m is not None for b in batchnorm_buffers(m).values()]
     local = [b.clone() for b in buffers] if get_world_size() > 1 else []

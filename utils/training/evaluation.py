@@ -1,4 +1,4 @@
-"""Exact evaluation and throughput."""
+"""Exact evaluation, and throughput."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from utils.errors import NonFiniteError
 from utils.runtime import all_reduce_sum, get_world_size
 
-POLL_BATCHES = 20  # batches between two questions whether to stop
+POLL_BATCHES = 20  # batches between two calls of should_stop
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,6 @@ class EvalResult:
     num_samples: int
 
 
-class EvaluationStopped(Exception):
-    """All processes agreed to stop in the middle of an evaluation."""
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -39,11 +35,11 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     batch_transform: Callable[..., tuple[Tensor, Tensor]],
     should_stop: Callable[[], str] | None = None,
-) -> EvalResult:
-    """Evaluate on the shards of all processes; every sample counts once, whatever the number of processes.
+) -> EvalResult | None:
+    """Evaluate on the shards of all processes; every sample counts once, whatever the number of processes. Collective.
 
-    Hits are summed as integers and losses in float64, over all processes, and divided once. Top-5 counts the
-    best min(5, classes) scores.
+    Hits are summed as integers and losses in float64, over all processes, and divided once. Top-5 counts the best
+    min(5, classes) scores.
 
     Args:
         model: the bare model (no DDP wrapper, whose collectives would meet uneven shards); its mode is restored.
@@ -51,40 +47,45 @@ def evaluate(
         device: where to compute.
         autocast: makes the context of the forward pass.
         batch_transform: ``data.build_batch_transform(..., is_train=False)``.
-        should_stop: collective question, asked now and then.
+        should_stop: asked every ``POLL_BATCHES`` batches; collective, with the same answer on all processes.
+
+    Returns:
+        The result, the same on all processes; None if ``should_stop`` ended the evaluation.
 
     Raises:
-        EvaluationStopped: ``should_stop`` said so.
         NonFiniteError, RuntimeError: a score is not finite; not every sample was evaluated exactly once.
     """
     num_samples = len(loader.dataset)
     # Shards differ by at most one sample: every process has this many batches, so all ask the same number of times.
     common_batches = num_samples // get_world_size() // loader.batch_size
-    counts = torch.zeros(4, dtype=torch.int64, device=device)  # top-1 hits, top-5 hits, samples, non-finite samples
+    counts = torch.zeros(4, dtype=torch.int64, device=device)  # see _counts
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     try:
         for number, (images, targets, indices) in enumerate(loader):
             if should_stop and number < common_batches and number % POLL_BATCHES == 0 and should_stop():
-                raise EvaluationStopped
+                return None
             images, targets = batch_transform(images, targets, indices, epoch=0, update=0)
             with autocast():
                 logits = model(images)
             logits = logits.float()
-            top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-            finite = torch.isfinite(logits).all(dim=1)
-            counts += torch.stack(
-                [top5[:, 0].sum(), top5.sum(), torch.full_like(counts[0], len(targets)), (~finite).sum()]
-            )
+            counts += _counts(logits, targets)
             loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
     finally:
         model.train(was_training)
     return _summarise(counts, loss_sum, num_samples)
 
 
+def _counts(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the batch's top-1 hits, top-5 hits, samples, and samples with a non-finite score."""
+    top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    bad = ~torch.isfinite(logits).all(dim=1)
+    return torch.stack([top5[:, 0].sum(), top5.sum(), torch.ones_like(bad).sum(), bad.sum()])
+
+
 def _summarise(counts: Tensor, loss_sum: Tensor, num_samples: int) -> EvalResult:
-    """Add up the processes' counts (top-1 hits, top-5 hits, samples, non-finite samples) and divide once."""
+    """Add up the counts (see ``_counts``) and losses of all processes and divide once."""
     all_reduce_sum(counts)
     all_reduce_sum(loss_sum)
     hits1, hits5, seen, bad = counts.tolist()
@@ -103,13 +104,13 @@ def measure_throughput(
     autocast: Callable[[], AbstractContextManager],
     seconds: float = 10.0,
 ) -> float:
-    """Images per second of the forward pass on one fixed batch, after warm-up: the median over repetitions.
+    """Return the images per second of the forward pass on one fixed batch: the median over repetitions after warm-up.
 
     Args:
         model: in evaluation mode.
         images: (B, C, H, W) on the model's device.
         autocast: makes the context of the forward pass.
-        seconds: time to measure for; at least five repetitions are taken.
+        seconds: how long to measure; at least five repetitions are made.
     """
 
     def run_once() -> float:

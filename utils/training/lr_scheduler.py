@@ -1,4 +1,4 @@
-"""Learning rate: how it follows from the config and the number of processes, and how it moves with every update."""
+"""The learning rate: how it follows from config and number of processes, and how it changes with every update."""
 
 import math
 from dataclasses import dataclass
@@ -6,30 +6,31 @@ from dataclasses import dataclass
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
+from yacs.config import CfgNode
 
-REFERENCE_BATCH = 512  # images an update that TRAIN.LR_SCALING refers to
-LINEAR_FLOOR = 0.01  # the linear schedule ends at this share of the base rate, as published
+REFERENCE_BATCH = 512  # images per update that TRAIN.LR_SCALING refers to
+LINEAR_FLOOR = 0.01  # the linear schedule ends at this fraction of the base rate, as published
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Rates of a run: at the end of warm-up (base), at its start (warmup) and at the end (minimum)."""
+    """Rates of a run: after warm-up (base), at its start (warmup) and at the end of the run (minimum)."""
 
     base: float
     warmup: float
     minimum: float
 
 
-def global_batch_size(config, world_size: int) -> int:
-    """Images that one optimizer update sees: batch a process x processes x accumulation steps."""
+def global_batch_size(config: CfgNode, world_size: int) -> int:
+    """Return the images per update: batch per process x processes x accumulation steps."""
     return config.DATA.BATCH_SIZE * world_size * max(1, config.TRAIN.ACCUMULATION_STEPS)
 
 
-def scaled_learning_rates(config, world_size: int) -> LearningRates:
-    """Effective rates under ``TRAIN.LR_SCALING``.
+def scaled_learning_rates(config: CfgNode, world_size: int) -> LearningRates:
+    """Return the rates under ``TRAIN.LR_SCALING``.
 
-    ``none`` takes the config's rates as written, which is what the published run does; ``linear`` and ``sqrt``
-    multiply all three by (images an update / 512) or its root.
+    ``none`` takes the config's rates as written, as the published run does; ``linear`` and ``sqrt`` multiply all three
+    by (images per update / 512) or its square root.
     """
     share = global_batch_size(config, world_size) / REFERENCE_BATCH
     factor = {"none": 1.0, "linear": share, "sqrt": math.sqrt(share)}[config.TRAIN.LR_SCALING]
@@ -37,13 +38,13 @@ def scaled_learning_rates(config, world_size: int) -> LearningRates:
     return LearningRates(train.BASE_LR * factor, train.WARMUP_LR * factor, train.MIN_LR * factor)
 
 
-def build_scheduler(config, optimizer: Optimizer, lrs: LearningRates, updates_per_epoch: int) -> Scheduler:
+def build_scheduler(config: CfgNode, optimizer: Optimizer, lrs: LearningRates, updates_per_epoch: int) -> Scheduler:
     """Build the schedule of ``TRAIN.LR_SCHEDULER``; it moves with every update (timm, ``t_in_epochs=False``).
 
-    After update k (counted from 0) the trainer calls ``step_update(k)``; update k therefore runs at the rate set
-    after update k-1, and update 0 at the warm-up rate, as published. Without ``WARMUP_PREFIX`` the cosine counts
-    from update 0, so that the rate drops a little where warm-up ends (the published behaviour); with it the decay
-    starts at the end of warm-up.
+    After update k (counted from 0) the caller calls ``step_update(k)``. Update k therefore runs at the rate set after
+    update k-1, and update 0 at the warm-up rate, as published. Without ``WARMUP_PREFIX`` the cosine counts from update
+    0, so that the rate drops a little where warm-up ends (the published behaviour); with it the decay starts at the end
+    of warm-up.
 
     Raises:
         ValueError: the schedule's name is unknown.

@@ -1,4 +1,4 @@
-"""What an epoch comes to: sums kept on the device, times kept on the host."""
+"""Means and pace of an epoch: sums kept on the device, times kept on the host."""
 
 import math
 import time
@@ -37,19 +37,19 @@ class RunningMeans:
         self._sums += torch.where(skipped, 0.0, row)
 
     def lap(self) -> tuple[float, float]:
-        """Return (loss, gradient norm) since the last call, NaN if all updates were skipped; waits for the device."""
+        """Return (loss, gradient norm) since the last call, NaN if every update was skipped; waits for the device."""
         sums = self.state()
         loss, norm, count = (now - then for now, then in zip(sums, self._lap, strict=True))
         self._lap = sums
         return (loss / count, norm / count) if count else (math.nan, math.nan)
 
     def reduced(self) -> tuple[float, float]:
-        """Return (loss, gradient norm) over all updates and processes; NaN if all were skipped. Collective."""
+        """Return (loss, gradient norm) over all updates and processes, NaN if all were skipped. Collective."""
         loss, norm, count = all_reduce_sum(self._sums.clone()).tolist()
         return (loss / count, norm / count) if count else (math.nan, math.nan)
 
     def state(self) -> list[float]:
-        """The sums, for a checkpoint."""
+        """Return the sums, for a checkpoint."""
         return self._sums.tolist()
 
     def load(self, sums: list[float]) -> None:
@@ -64,34 +64,34 @@ class Pace:
 
     Attributes:
         images_per_second: over all processes.
-        wait_share: share of the time, 0 to 1, that this process's device waited for data.
-        seconds, steps: length of the stretch.
+        wait_share: fraction of the time that this process's device waited for data.
+        seconds, updates: length of the stretch.
     """
 
     images_per_second: float
     wait_share: float
     seconds: float
-    steps: int
+    updates: int
 
 
-class StepTimer:
+class UpdateTimer:
     """Splits the time of the training loop into waiting for data and computing.
 
-    On the CPU waiting is the time that fetching a batch takes. A GPU works on while the host fetches: there it is the
-    time that the GPU has nothing left to do meanwhile, measured by its own events and read where the host waits anyway.
+    On the CPU, waiting is the time that fetching a batch takes. A GPU computes while the host fetches: there, waiting
+    is the time in which it has nothing to do, measured by its own events and read where the host waits for it anyway.
 
     Args:
-        device: which one computes.
+        device: the one that computes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._fetches: list[tuple[Any, Any]] = []  # marks before and after, of those not yet summed up
-        self._done = [time.perf_counter(), 0.0, 0, 0]  # time, seconds waited, images, steps
+        self._done = [time.perf_counter(), 0.0, 0, 0]  # time, seconds waited, images, updates
         self._start = self._lap = list(self._done)
 
     def fetched(self, groups: Iterable[T]) -> Iterator[T]:
-        """Pass on what ``groups`` yields; while it makes the next one, the loop waits for data."""
+        """Yield what ``groups`` yields; the time in which it makes the next one counts as waiting for data."""
         iterator = iter(groups)
         while True:
             before = self._mark()
@@ -102,18 +102,18 @@ class StepTimer:
             self._fetches.append((before, self._mark()))
             yield group
 
-    def step_done(self, images: int) -> None:
-        """Call when the step on ``images`` images (over all processes) has been launched."""
+    def update_done(self, images: int) -> None:
+        """Count an update on ``images`` images, over all processes; it may still run on the device."""
         self._done[2] += images
         self._done[3] += 1
 
     def lap(self) -> Pace:
-        """Pace since the last call of this method; waits for the device."""
+        """Return the pace since the last call of this method; waits for the device."""
         since, self._lap = self._lap, self._until_now()
         return self._pace(since, self._lap)
 
     def total(self) -> Pace:
-        """Pace since the timer was made; waits for the device."""
+        """Return the pace since the timer was made; waits for the device."""
         return self._pace(self._start, self._until_now())
 
     def _mark(self) -> Any:
@@ -134,14 +134,14 @@ class StepTimer:
 
     @staticmethod
     def _pace(since: list[float], until: list[float]) -> Pace:
-        seconds, waited, images, steps = (now - then for now, then in zip(until, since, strict=True))
-        return Pace(images / max(seconds, 1e-9), waited / max(seconds, 1e-9), seconds, int(steps))
+        seconds, waited, images, updates = (now - then for now, then in zip(until, since, strict=True))
+        return Pace(images / max(seconds, 1e-9), waited / max(seconds, 1e-9), seconds, int(updates))
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU's allocator, or on the CPU the process's largest resident size."""
+    """Return the peak memory in MiB: of the GPU's allocator, or on the CPU the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # POSIX only, like the process groups this project runs on
+    import resource  # POSIX only, as the process groups of this project are
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

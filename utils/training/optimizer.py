@@ -1,22 +1,23 @@
-"""Optimizer of the published recipe: weight decay on matrices only, fused where the device allows it."""
+"""The optimizer of the published recipe, fused: weight decay on matrices only."""
 
 import logging
 from collections.abc import Iterable
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
+from yacs.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
 
 def param_groups(model: nn.Module, weight_decay: float, skip: Iterable[str] = ()) -> list[dict]:
-    """Split the trainable parameters into a decayed and a free group, in this order.
+    """Split the trainable parameters into two groups: with weight decay and without, in this order.
 
-    Parameters of one dimension or none (norm scales), biases, and the names in ``skip`` are not decayed. The
-    published recipe decays everything else, the GRN's gamma and beta and the position tables included.
+    Parameters of at most one dimension (norm scales), biases, and the names in ``skip`` are not decayed. The published
+    recipe decays everything else, the GRN's gamma and beta and the position tables included.
 
     Args:
-        model: the model; names are taken from ``named_parameters``.
+        model: the model; names are those of ``named_parameters``.
         weight_decay: decay of the first group.
         skip: full parameter names that are never decayed.
     """
@@ -30,11 +31,11 @@ def param_groups(model: nn.Module, weight_decay: float, skip: Iterable[str] = ()
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def build_optimizer(config, model: nn.Module, lr: float) -> Optimizer:
+def build_optimizer(config: CfgNode, model: nn.Module, lr: float) -> Optimizer:
     """Build the optimizer of ``TRAIN.OPTIMIZER`` at learning rate ``lr``.
 
-    AdamW and SGD run in their fused form: one kernel for all parameters, and a skipped update needs no
-    synchronisation with the host (see ``utils.training.guard``).
+    AdamW and SGD run in their fused form: one kernel for all parameters, and a skipped update needs no synchronisation
+    with the host (see ``utils.training.guard``).
 
     Raises:
         ValueError: the optimizer's name is unknown, or the model has no trainable parameter.

@@ -1,4 +1,4 @@
-"""The model's distributed wrapper, its compilation, and the passes that bring it into its steady state."""
+"""The model's distributed wrapper, its compilation, and the passes that bring both into their steady state."""
 
 import inspect
 import logging
@@ -10,20 +10,22 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
+from yacs.config import CfgNode
 
 from utils.runtime import random_state, set_random_state
 from utils.training.batchnorm import BufferBackup, batchnorm_buffers
 
 logger = logging.getLogger(__name__)
 
-GRAPHS_A_BLOCK = 64  # PyTorch's default, 8, is reached by two batch sizes; beyond it blocks silently run uncompiled
+# PyTorch's default, 8, is reached by two batch sizes; beyond it blocks silently run uncompiled.
+MAX_GRAPHS_PER_BLOCK = 64
 
 
 def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> DistributedDataParallel:
     """Wrap ``model`` (on ``device``) for training on all processes; parameters become those of rank 0.
 
-    Every process keeps BatchNorm statistics of its own: they are averaged where they are used, for evaluation and
-    saving (``utils.training.evaluation.averaged_batchnorm``).
+    Every process keeps its own BatchNorm statistics: they are averaged where they are used, for evaluation and saving
+    (``averaged_batchnorm``).
 
     Args:
         model: the bare model; with ``sync_bn`` its BatchNorms are replaced in place.
@@ -37,8 +39,8 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
         raise ValueError("TRAIN.SYNC_BN is True, but PyTorch synchronises BatchNorm on GPUs only; switch it off")
     if sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # Maps are in channels_last order, so gradients of convolutions are too: weights of the same order let DDP reduce
-    # them where they are.
+    # Feature maps are in channels_last order, so the gradients of convolutions are too: weights in the same order let
+    # DDP reduce them in place.
     convert_conv2d_weight_memory_format(model, torch.channels_last)
     # The switch was renamed: newer releases warn about the old name, older ones do not know the new one.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -49,20 +51,20 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile ``model`` in place with ``torch.compile``; the work itself is done by the next forward and backward pass.
+    """Compile ``model`` in place with ``torch.compile``; the next forward and backward pass do the work.
 
     A network that offers ``compile_blocks`` compiles its repeated blocks, which share graphs; any other is compiled as
-    a whole. Names in the state dict stay as they are. Shapes are fixed: another batch size compiles once more.
+    a whole. Names in the state dict stay as they are. Shapes are fixed: another batch size compiles again.
     """
     # The instances of a block share one cache of graphs: for each stage one for training, one for evaluation, ...
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_A_BLOCK)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS_PER_BLOCK)
     compile_in_place = getattr(model, "compile_blocks", model.compile)
     compile_in_place(dynamic=False)
 
 
-def bring_up(
+def compile_and_warm_up(
     model: DistributedDataParallel,
-    config,
+    config: CfgNode,
     *,
     averaged: nn.Module | None,
     device: torch.device,
@@ -71,14 +73,14 @@ def bring_up(
 ) -> None:
     """Compile the model if ``TRAIN.COMPILE`` says so, and warm it up where that changes speed or bits.
 
-    All compiling happens here, for training and evaluation, so that no update of the run is slowed down by it; the log
-    says how long it took. Call it before any state is restored.
+    All compiling happens here, for training and evaluation, so that it slows down no update of the run. Call this
+    before any state is restored.
 
     Args:
         model: the wrapped model.
         config: frozen config.
-        averaged: the model that holds the moving averages and is evaluated in place of the other, if there is one; it
-            shares the compiled code.
+        averaged: the model that holds the averaged weights and is evaluated instead, if there is one; it shares the
+            compiled code.
         device, world_size: where and in how many processes the run computes.
         autocast: makes the context of the forward pass.
     """
@@ -107,11 +109,11 @@ def warm_up(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> None:
-    """Run two forward and backward passes on made-up images and remove every trace of them.
+    """Run two forward and backward passes on random images and remove every trace of them.
 
-    DDP orders its buckets anew after the first backward pass. Without this, the first update after a resume would sum
-    gradients in another order than the same update of an uninterrupted run, and three or more processes would not end
-    in the same bits. It also keeps kernel selection and compilation out of the first update's time.
+    DDP reorders its buckets after the first backward pass. Without this, the first update after a resume would sum
+    gradients in an order that differs from the same update of an uninterrupted run, and three or more processes would
+    not end in the same bits. It also keeps kernel selection and compilation out of the first update's time.
 
     Args:
         model: the wrapped model, before any state is restored.
@@ -141,7 +143,7 @@ def warm_up_evaluation(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> None:
-    """Run one forward pass as the evaluation does it; the model's mode is restored."""
+    """Run one forward pass as evaluation does; the model's mode is restored."""
     images = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""Numerical precision of a run, decided in one place: autocast, gradient scaling, TF32."""
+"""The numerical precision of a run, decided in one place: autocast, gradient scaling, TF32."""
 
 import contextlib
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.amp import GradScaler
+from yacs.config import CfgNode
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -17,7 +18,7 @@ class Precision:
 
     Attributes:
         autocast: makes a fresh context for the forward pass; a no-op in float32.
-        scaler: scales the loss in float16 only; disabled (a no-op) otherwise.
+        scaler: scales the loss in float16; otherwise disabled, which makes it a no-op.
         description: one phrase for the log.
     """
 
@@ -26,11 +27,11 @@ class Precision:
     description: str
 
 
-def build_precision(config, device: torch.device) -> Precision:
+def build_precision(config: CfgNode, device: torch.device) -> Precision:
     """Build the precision that ``TRAIN.AMP`` (off, bf16, fp16) and ``TRAIN.TF32`` ask for.
 
-    TF32 is set explicitly for matrix products and convolutions, because PyTorch's own defaults differ between the
-    two: without this, float32 convolutions on an NVIDIA GPU would silently run in TF32.
+    TF32 is set explicitly for matrix products and convolutions, because PyTorch's own defaults for the two differ:
+    without this, float32 convolutions on an NVIDIA GPU would silently run in TF32.
     """
     amp = config.TRAIN.AMP
     tf32 = config.TRAIN.TF32 and device.type == "cuda"

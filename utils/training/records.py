@@ -1,36 +1,41 @@
-"""What a run reports: sums kept on the device, times kept on the host, one JSON object an epoch, curves."""
+"""What a run reports: log lines, one JSON object per epoch in ``metrics.jsonl``, curves."""
 
 import json
 import logging
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.runtime import write_text_atomic
-from utils.training.meters import RunningMeans, StepTimer, peak_memory_mib
+from utils.runtime import atomic_file, write_text_atomic
+from utils.training.evaluation import EvalResult
+from utils.training.meters import RunningMeans, UpdateTimer, peak_memory_mib
 
 logger = logging.getLogger(__name__)
 
+DATA_WAIT_SHARE = 0.1  # of an epoch's time
+DATA_WAIT_SECONDS = 2.0  # in an epoch
 
-def log_step(where: str, means: RunningMeans, timer: StepTimer, *, lr: float, left: int, device: torch.device) -> None:
-    """Log one line about the updates since the last one.
+
+def log_updates(
+    position: str, means: RunningMeans, timer: UpdateTimer, *, lr: float, left: int, device: torch.device
+) -> None:
+    """Log one line about the updates since the last such line.
 
     Args:
-        where: place in the run.
+        position: place in the run.
         means, timer: of the epoch; their laps are taken.
         lr: learning rate of the newest update.
         left: updates until the end of the run, for the estimated time.
-        device: for the memory.
+        device: whose memory is logged.
     """
     loss, grad_norm = means.lap()  # waits for the device, so that the times below are true
     pace = timer.lap()
-    remaining = timedelta(seconds=round(left * pace.seconds / max(pace.steps, 1)))
+    remaining = timedelta(seconds=round(left * pace.seconds / max(pace.updates, 1)))
     logger.info(
         "%s loss %.4f lr %.3e grad_norm %.3f %.1f images/s data_wait %.0f %% memory %.0f MiB eta %s",
-        where,
+        position,
         loss,
         lr,
         grad_norm,
@@ -41,10 +46,14 @@ def log_step(where: str, means: RunningMeans, timer: StepTimer, *, lr: float, le
     )
 
 
-def epoch_row(means: RunningMeans, timer: StepTimer, *, device: torch.device) -> dict[str, float]:
-    """Row of an epoch's training for ``metrics.jsonl``; loss and norm are means over all processes (collective)."""
+def epoch_row(means: RunningMeans, timer: UpdateTimer, *, device: torch.device) -> dict[str, float]:
+    """Return an epoch's training figures for ``metrics.jsonl``, and warn if it waited for data. Collective.
+
+    Loss and gradient norm are means over all processes.
+    """
     loss, grad_norm = means.reduced()
     pace = timer.total()
+    warn_of_data_wait(pace.wait_share, pace.seconds)
     return {
         "train_loss": loss,
         "grad_norm": grad_norm,
@@ -55,13 +64,31 @@ def epoch_row(means: RunningMeans, timer: StepTimer, *, device: torch.device) ->
     }
 
 
-def record_epoch(directory: Path, row: dict[str, Any], result: Any | None) -> None:
-    """Append an epoch to ``metrics.jsonl``, redraw ``curves.png`` and log it.
+def warn_of_data_wait(share: float, seconds: float) -> None:
+    """Warn if training waited for data for more than a tenth of an epoch.
+
+    Args:
+        share: fraction of the epoch in which the device waited.
+        seconds: length of the epoch; less than two seconds of waiting are not reported.
+    """
+    if share < DATA_WAIT_SHARE or share * seconds < DATA_WAIT_SECONDS:
+        return
+    logger.warning(
+        "training waited for data %.0f %% of the epoch (%.0f s). In this order: one worker per core "
+        "(DATA.NUM_WORKERS -1), decoded images in memory if they fit (DATA.CACHE_DECODED ram), resizing with other "
+        "rounding (DATA.FAST_RESIZE True), a faster disk, more cores; see docs/PERFORMANCE.md",
+        100 * share,
+        share * seconds,
+    )
+
+
+def record_epoch(directory: Path, row: dict[str, Any], result: EvalResult | None) -> None:
+    """Append an epoch to ``metrics.jsonl``, redraw ``curves.png``, and log it.
 
     Args:
         directory: output folder.
         row: the epoch's number (from 1), training figures and best accuracy.
-        result: an ``EvalResult``, or None if the epoch was not evaluated.
+        result: of the evaluation, or None if the epoch was not evaluated.
     """
     if result is not None:
         row = {
@@ -87,7 +114,7 @@ def record_epoch(directory: Path, row: dict[str, Any], result: Any | None) -> No
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON object as a line; NaN becomes null, for strict readers.
+    """Append one JSON object as a line; NaN becomes null, which strict readers need.
 
     Raises:
         OSError: the line could not be written; names ``path``.
@@ -101,7 +128,7 @@ def append_metrics(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``; an unfinished last line, left by a killed process, is ignored."""
+    """Return the rows of a ``metrics.jsonl``; an unfinished last line, left by a killed process, is ignored."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -113,7 +140,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def trim_metrics(path: Path, epochs: int) -> None:
-    """Keep the rows of the first ``epochs`` epochs, so that a resumed run does not report an epoch twice."""
+    """Keep the rows of the first ``epochs`` epochs only, so that a resumed run does not report an epoch twice."""
     if not path.exists():
         return
     rows = [row for row in read_metrics(path) if row["epoch"] <= epochs]
@@ -144,6 +171,5 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if len(lines) > 1 and axes.lines:
             axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

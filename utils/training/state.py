@@ -1,4 +1,4 @@
-"""What survives a crash: the training state of a run."""
+"""The training state of a run: what survives a crash."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from utils.training.meters import RunningMeans
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """How far a run has come.
 
     Attributes:
         global_step: optimizer updates done, skipped ones included.
@@ -45,5 +45,5 @@ class TrainState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is evaluated and ranked: the averaged weights where there are any."""
+        """Return the model that is evaluated and ranked: the averaged weights where there are any."""
         return self.model if self.ema is None else self.ema.module
