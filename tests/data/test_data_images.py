@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from data.images import decode as image_io
+from data.images import decode
 from data.images.decode import decode_image, jpeg_complaint
 from tests.images import picture
 from utils.errors import ImageReadError
@@ -78,7 +78,7 @@ def test_ordinary_jpegs_take_the_fast_decoder_and_others_do_not():
 @pytest.mark.parametrize("kind", ("4:2:0", "grey"))
 def test_same_pixels_without_the_fast_decoder(kind, monkeypatch):
     expected = np.asarray(decode_image(KINDS[kind], as_array=True))
-    monkeypatch.setattr(image_io, "simplejpeg", None)
+    monkeypatch.setattr(decode, "simplejpeg", None)
     assert np.array_equal(np.asarray(decode_image(KINDS[kind], as_array=True)), expected)
 
 

@@ -16,7 +16,7 @@ from data.sources import builtin
 from data.sources.base import FolderSource, PackedStrings
 from data.sources.zip import ZipSource, number_classes, read_map
 from tests.images import make_config, write_folder, write_splits
-from utils.config.checks import DATASETS as CONFIG_DATASETS
+from utils.config import FOLDER_DATASETS
 from utils.errors import ImageReadError
 
 
@@ -29,7 +29,7 @@ def test_packed_strings_give_the_strings_back():
 # --- folders ---
 
 
-@pytest.mark.parametrize("name", ("imagenet", "imagenet-1k", "101_ObjectCategories", "caltech101", "folder"))
+@pytest.mark.parametrize("name", FOLDER_DATASETS)
 def test_folder_lists_what_image_folder_lists(tmp_path, name):
     write_splits(tmp_path)
     (tmp_path / "train" / "cat" / "deeper").mkdir()
@@ -42,12 +42,6 @@ def test_folder_lists_what_image_folder_lists(tmp_path, name):
     assert [dataset.sample_name(i) for i in range(len(dataset))] == [path for path, _ in listing.samples]
     pixels = np.asarray(dataset.source.load(3))
     assert np.array_equal(pixels, np.asarray(listing[3][0]))
-
-
-def test_registry_has_the_names_that_the_configuration_knows():
-    from data import DATASETS
-
-    assert set(DATASETS) == set(CONFIG_DATASETS)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +62,6 @@ def test_missing_folders_are_named(tmp_path, make, message):
 def test_no_path_is_an_error_of_its_own():
     with pytest.raises(ValueError, match="--data-path"):
         build_dataset(make_config(), is_train=True)
-
-
-def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="digits"):
-        build_dataset(make_config(DATA__DATASET="mnist"), is_train=True)
 
 
 def test_deleted_file_is_an_error_of_that_image(tmp_path):

@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import (
-    ImageReadError,
-    TrainSampler,
-    build_batch_transform,
-    build_dataset,
-    build_train_loader,
-    build_val_loader,
-)
+from data import build_batch_transform, build_dataset, build_train_loader, build_val_loader
+from data.loading.samplers import TrainSampler
 from data.sources.base import ArraySource
 from data.sources.cached import DecodedSource, FinishedSource
 from tests.images import make_config, write_splits
+from utils.errors import ImageReadError
 from utils.runtime.processes import once_per_machine, usable_cores
 
 # torch suggests fewer workers than some tests start

@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from data.images.transforms import EvalResize, build_transform, pil_resize, posterize, torch_resize
+from data.images.posterize import posterize
+from data.images.resize import EvalResize, pil_resize, torch_resize
+from data.images.transforms import build_transform
 from tests.images import SIZES, make_config, picture
 from utils.errors import ImageReadError
 from utils.runtime.random_state import seeded_streams

@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from utils.runtime.signals import STOP_SIGNALS, StopRequest
+from utils.runtime.signals import JOB_SIGNALS, StopRequest
 
 
 def handlers() -> list:
-    return [signal.getsignal(number) for number in STOP_SIGNALS]
+    return [signal.getsignal(number) for number in JOB_SIGNALS]
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", JOB_SIGNALS, ids=lambda number: number.name)
 def test_signal_asks_for_a_stop(number):
     before = handlers()
     with StopRequest() as stop:

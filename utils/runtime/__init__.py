@@ -9,7 +9,7 @@ from utils.runtime.distributed import (
     get_world_size,
     is_main_process,
 )
-from utils.runtime.files import fsync_directory, write_text_atomic
+from utils.runtime.files import atomic_file, fsync_directory, write_text_atomic
 from utils.runtime.processes import once_per_machine, usable_cores
 from utils.runtime.random_state import (
     integer_seed,
@@ -20,11 +20,12 @@ from utils.runtime.random_state import (
     streams_restored,
     torch_random_state,
 )
-from utils.runtime.signals import StopRequest
+from utils.runtime.signals import JOB_SIGNALS, StopRequest
 from utils.runtime.start import Run, start_run
 
 __all__ = [
     "all_reduce_sum",
+    "atomic_file",
     "broadcast_object",
     "fsync_directory",
     "gather_objects",
@@ -33,6 +34,7 @@ __all__ = [
     "get_world_size",
     "integer_seed",
     "is_main_process",
+    "JOB_SIGNALS",
     "once_per_machine",
     "random_state",
     "Run",

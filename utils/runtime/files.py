@@ -2,7 +2,29 @@
 
 import contextlib
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; after the block, the file there replaces ``path``, flushed to the disk.
+
+    Nothing is left of the temporary file, and ``path`` stays as it was, if the block raises.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")  # nodes may share the folder
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from utils.runtime.distributed import is_distributed
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TIME_LIMIT = 1000  # beyond every signal number
 
 
@@ -41,7 +41,7 @@ class StopRequest:
         self.agreed = ""
 
     def __enter__(self) -> "StopRequest":
-        for number in STOP_SIGNALS:
+        for number in JOB_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
