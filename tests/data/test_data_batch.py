@@ -152,6 +152,14 @@ def test_content_of_a_box():
         assert all(len(channel[box].unique()) == 1 for channel in image)
 
 
+def test_boxes_lie_anywhere_in_the_image():
+    _, masks = erased(RandomErasing(1.0), range(3000), size=12)
+    for axis in (1, 2):  # columns, rows
+        lines = masks.any(axis).float().mean(0)
+        assert lines.min() > 0.05, "some rows or columns are never erased"
+        assert lines[0].item() == pytest.approx(lines[-1].item(), rel=0.2)
+
+
 def test_several_boxes_share_the_area():
     one, many = (statistics(erased(RandomErasing(1.0, max_count=count), range(800))[1])[1] for count in (1, 5))
     covered = erased(RandomErasing(1.0, max_count=5), range(800))[1].float().mean()

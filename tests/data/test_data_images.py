@@ -57,7 +57,7 @@ KINDS = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_decoders_give_torchvisions_pixels(kind, recwarn):
+def test_both_decoders_give_torchvisions_pixels(kind):
     data = KINDS[kind]
     with Image.open(io.BytesIO(data)) as image:
         image.info.pop("transparency", None)  # only silences Pillow's warning

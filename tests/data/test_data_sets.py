@@ -114,6 +114,38 @@ def test_skip_gives_up_when_the_storage_is_broken(folder):
         dataset[0, 0]
 
 
+def test_skip_finds_a_good_image_among_many_bad_ones(folder):
+    """Two thirds are bad, so that the replacement is bad too, again and again."""
+    dataset = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip"), is_train=True)
+    break_files(dataset, *range(10))
+    assert all(dataset[epoch, index][2] >= 10 for epoch in range(5) for index in range(15))
+    assert dataset.bad_indices() == list(range(10))
+
+
+class HalfBroken:
+    """Source of 1200 images, of which the first ``bad`` cannot be read."""
+
+    def __init__(self, bad):
+        self.bad = bad
+        self.classes = ["only"]
+        self.targets = np.zeros(1200, dtype=np.int64)
+
+    def name(self, index):
+        return f"image {index}"
+
+    def load(self, index):
+        if index < self.bad:
+            raise ImageReadError("broken")
+        return np.zeros((2, 2, 3), np.uint8)
+
+
+def test_skip_bears_one_in_a_hundred():
+    keys = [(0, index) for index in range(60)]
+    assert len(ImageDataset(HalfBroken(12), np.asarray, seed=0, skip_bad=True).__getitems__(keys)) == 60
+    with pytest.raises(ImageReadError, match="gives up: 13 images could not be read, more than 12"):
+        ImageDataset(HalfBroken(13), np.asarray, seed=0, skip_bad=True).__getitems__(keys)
+
+
 # --- checks before training ---
 
 
@@ -147,14 +179,23 @@ def test_batch_of_all_processes_must_fit(folder, monkeypatch):
     monkeypatch.setattr("data.checks.get_world_size", lambda: 4)
     config = make_config(DATA__DATA_PATH=folder)
     assert "4 processes takes 16 images" in problems(config, *build_datasets(config))
+    monkeypatch.setattr("data.checks.get_world_size", lambda: 3)
+    check_data(make_config(DATA__DATA_PATH=folder, DATA__BATCH_SIZE=5), *build_datasets(config))  # 15 of 15
+
+
+def test_classes_in_another_order_are_a_problem(folder):
+    config = make_config(DATA__DATA_PATH=folder)
+    train, val = build_datasets(config)
+    val.classes = val.classes[::-1]
+    assert "their labels differ (another order)" in problems(config, train, val)
 
 
 def test_labels_outside_the_classes_are_named(folder):
     config = make_config(DATA__DATA_PATH=folder)
     train = build_dataset(config, is_train=True)
-    train.targets[4] = -1
+    train.targets[4], train.targets[14] = -1, 3
     text = problems(config, train)
-    assert "1 labels are outside 0..2, the first is -1 of" in text
+    assert "2 labels are outside 0..2, the first is -1 of" in text
     assert "cat/4.jpg" in text
 
 

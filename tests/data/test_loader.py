@@ -93,6 +93,22 @@ def test_validation_needs_no_training_set_and_sees_everything_in_order(folder):
     assert len(loader.dataset) == 15
 
 
+def test_processes_train_on_different_samples(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("data.build.get_world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr("data.build.get_rank", lambda rank=rank: rank)
+        loader = build_train_loader(make_config(DATA__DATA_PATH=folder), device="cpu")
+        seen += [index for batch in train_batches(loader) for index in batch[2].tolist()]
+    assert len(seen) == len(set(seen)) == 24  # of 27, two batches of 4 for each process
+
+
+def test_time_limit_applies_to_workers_only(folder):
+    for workers, timeout in ((0, 0), (1, 7)):
+        config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers, DATA__LOADER_TIMEOUT=7)
+        assert build_train_loader(config, device="cpu").timeout == timeout
+
+
 @pytest.mark.parametrize("world_size", (2, 3, 20))
 def test_validation_shards_cover_the_set(folder, monkeypatch, world_size):
     seen = []
@@ -104,7 +120,7 @@ def test_validation_shards_cover_the_set(folder, monkeypatch, world_size):
     assert sorted(seen) == list(range(15))
 
 
-def test_random_streams_stay_where_they_were(folder):
+def test_random_streams_stay_where_they_were(folder, tmp_path):
     def streams():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
@@ -113,6 +129,7 @@ def test_random_streams_stay_where_they_were(folder):
         config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers)
         train_batches(build_train_loader(config, device="cpu"))
         list(build_val_loader(config, device="cpu"))
+    build_val_loader(make_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache"), device="cpu")
     assert streams() == before
 
 
@@ -214,6 +231,25 @@ def test_validation_cache_is_made_anew_when_its_inputs_change(folder, cached_con
     after = list(build_val_loader(cached_config, device="cpu"))
     assert not torch.equal(after[0][0][0], before[0][0][0])
     assert torch.equal(after[0][0][1:], before[0][0][1:])
+
+
+def test_validation_cache_is_made_anew_for_another_transform(folder, tmp_path):
+    """Images of the same shape, but other pixels: they must not share a file."""
+    changes = ({}, {"TEST__CROP": False}, {"DATA__INTERPOLATION": "bilinear"}, {"DATA__FAST_RESIZE": True})
+    for number, keys in enumerate(changes, start=1):
+        config = make_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache", **keys)
+        plain = build_dataset(make_config(DATA__DATA_PATH=folder, **keys), is_train=False)
+        assert np.array_equal(build_dataset(config, is_train=False)[4][0], plain[4][0])
+        assert len(list((tmp_path / "cache").iterdir())) == number
+
+
+@pytest.mark.parametrize("library", ("PIL", "torch"))
+def test_validation_cache_is_made_anew_for_another_version_of_the_library(folder, tmp_path, monkeypatch, library):
+    keys = {"DATA__DATA_PATH": folder, "DATA__VAL_CACHE": tmp_path / "cache", "DATA__FAST_RESIZE": library == "torch"}
+    build_dataset(make_config(**keys), is_train=False)
+    monkeypatch.setattr(f"{library}.__version__", "99.9")
+    build_dataset(make_config(**keys), is_train=False)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_unfinished_validation_cache_is_never_visible(folder, cached_config):

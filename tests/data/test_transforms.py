@@ -85,7 +85,39 @@ def test_reference_erases_random_boxes():
     config = make_config(DATA__PIPELINE="reference", AUG__REPROB=1.0, AUG__AUTO_AUGMENT="none", DATA__IMG_SIZE=48)
     image = Image.new("RGB", (48, 48), (10, 10, 10))
     with seeded_streams(0):
-        assert build_transform(config, is_train=True)(image).std() > 0.1
+        channels = build_transform(config, is_train=True)(image).flatten(1)
+    assert (channels.std(1) > 0.1).all(), "each channel of the image was constant"
+
+
+@pytest.mark.parametrize("pipeline", ("reference", "fast"))
+@pytest.mark.parametrize("policy", ("rand-m5-mstd0.5", "none"))
+def test_every_key_of_the_configuration_reaches_timm(pipeline, policy):
+    """Training gets what ``create_transform`` makes of the values, which are all other than the default ones."""
+    aug = {"SCALE": (0.3, 0.6), "RATIO": (0.5, 0.9), "HFLIP": 0.9, "COLOR_JITTER": 0.2, "AUTO_AUGMENT": policy}
+    erasing = {"REPROB": 0.8, "REMODE": "rand", "RECOUNT": 3} if pipeline == "reference" else {"REPROB": 0.0}
+    keys = {f"AUG__{key}": value for key, value in (aug | erasing).items()}
+    config = make_config(DATA__PIPELINE=pipeline, DATA__INTERPOLATION="bilinear", DATA__IMG_SIZE=64, **keys)
+    ours = build_transform(config, is_train=True)
+    timms = timm.data.create_transform(
+        64,
+        is_training=True,
+        scale=(0.3, 0.6),
+        ratio=(0.5, 0.9),
+        hflip=0.9,
+        color_jitter=0.2,
+        auto_augment=None if policy == "none" else policy,
+        interpolation="bilinear",
+        re_prob=0.8 if pipeline == "reference" else 0.0,
+        re_mode="rand",
+        re_count=3,
+    )
+    for seed in range(12):
+        image = picture(seed, (90, 120))
+        with seeded_streams(2, seed):
+            expected = timms(image)
+        with seeded_streams(2, seed):
+            pixels = ours(image)
+        assert torch.equal(pixels if pipeline == "reference" else normalised(pixels), expected)
 
 
 # --- Posterize with 0 bits, where Pillow 13 raises ---
@@ -145,6 +177,7 @@ def test_fast_resize_stays_within_rounding(is_train):
     keys = {"DATA__IMG_SIZE": 64, "AUG__AUTO_AUGMENT": "none", "AUG__COLOR_JITTER": 0.0}
     exact = build_transform(make_config(**keys), is_train=is_train)
     fast = build_transform(make_config(DATA__FAST_RESIZE=True, **keys), is_train=is_train)
+    differ = 0
     for seed in range(10):
         pixels = np.asarray(picture(seed, (300, 200)))
         with seeded_streams(seed):
@@ -153,6 +186,8 @@ def test_fast_resize_stays_within_rounding(is_train):
             difference = np.abs(fast(pixels).astype(int) - expected)
         assert difference.max() <= 2
         assert difference.mean() < 0.02
+        differ += bool(difference.any())
+    assert differ, "the pixels are Pillow's"
 
 
 @pytest.mark.parametrize("interpolation", ("bicubic", "bilinear"))
