@@ -26,14 +26,14 @@ def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageL
 
     It yields (images, targets, indices): images uint8 (B, 3, S, S) in channels-last memory (fast pipeline) or
     normalised float (reference pipeline), int64 labels and sample indices (B,). ``loader.sampler`` is a TrainSampler:
-    call its ``set_progress`` before each epoch. Incomplete batches are dropped.
+    call its ``set_progress`` before each epoch. It gives whole batches only.
     """
     dataset = build_dataset(config, is_train=True)
     batch_size = config.DATA.BATCH_SIZE
     sampler = TrainSampler(
         len(dataset), batch_size=batch_size, seed=config.SEED, rank=get_rank(), world_size=get_world_size()
     )
-    return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device, drop_last=True)
+    return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
 def build_val_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:
@@ -44,7 +44,7 @@ def build_val_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoa
     dataset = build_dataset(config, is_train=False)
     sampler = EvalShardSampler(len(dataset), rank=get_rank(), world_size=get_world_size())
     batch_size = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
-    return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device, drop_last=False)
+    return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
 def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
@@ -59,7 +59,7 @@ def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
     if config.DATA.CACHE_DECODED == "ram" and not isinstance(source, ArraySource):
         source = DecodedSource(source)
     transform = build_transform(config, is_train=is_train)
-    skip_bad = is_train and config.DATA.BAD_IMAGES == "skip"
+    skip_bad = config.DATA.BAD_IMAGES == "skip"
     dataset = ImageDataset(source, transform, seed=config.SEED, skip_bad=skip_bad)
     if config.DATA.VAL_CACHE and not is_train:
         source = _finished_source(dataset, Path(config.DATA.VAL_CACHE))
@@ -112,7 +112,6 @@ def _build_loader(
     *,
     batch_size: int,
     device: torch.device | str,
-    drop_last: bool,
 ) -> ImageLoader:
     num_workers = usable_cores() if config.DATA.NUM_WORKERS < 0 else config.DATA.NUM_WORKERS
     return ImageLoader(
@@ -120,7 +119,6 @@ def _build_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        drop_last=drop_last,
         pin_memory=config.DATA.PIN_MEMORY and torch.device(device).type == "cuda",
         timeout=config.DATA.LOADER_TIMEOUT if num_workers else 0,
     )

@@ -31,8 +31,8 @@ class ImageDataset(Dataset):
         source: where the images come from.
         transform: picture -> uint8 array (S, S, 3), or float tensor (3, S, S) in the reference pipeline.
         seed: seed of the run.
-        skip_bad: replace each image that cannot be read by another sample of the same epoch, chosen by the key alone
-            (training only). Such images are logged, and listed by ``bad_indices``.
+        skip_bad: in training, replace each image that cannot be read by another sample of the same epoch, chosen by
+            the key alone. Such images are logged, and listed by ``bad_indices``.
 
     Attributes:
         classes: class names, in the order of the labels.

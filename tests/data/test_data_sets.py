@@ -38,6 +38,16 @@ def test_sample_depends_on_seed_epoch_and_index_only(folder, pipeline):
     assert dataset[0, 4][1:] == (int(dataset.targets[4]), 4)
 
 
+def test_each_sample_has_random_streams_of_its_own():
+    def draw(_):
+        return np.array([random.random(), np.random.rand(), torch.rand(()).item()])
+
+    datasets = [ImageDataset(HalfBroken(0), draw, seed=seed) for seed in (0, 1)]
+    keys = [(datasets[0], 0, 0), (datasets[0], 0, 1), (datasets[0], 1, 0), (datasets[1], 0, 0)]
+    drawn = np.stack([dataset[epoch, index][0] for dataset, epoch, index in keys])
+    assert all(len(set(stream)) == len(keys) for stream in drawn.T)
+
+
 def test_loading_leaves_the_random_streams_alone(folder):
     train, val = build_datasets(make_config(DATA__DATA_PATH=folder))
     before = streams()
@@ -88,6 +98,7 @@ def test_skip_replaces_by_another_sample_of_the_same_epoch(folder, caplog):
     break_files(dataset, 3, 8)
     with caplog.at_level(logging.WARNING):
         image, target, index = dataset[5, 3]
+        assert dataset[5, 3][2] == index
     assert index not in (3, 8)
     assert target == dataset.targets[index]
     assert np.array_equal(image, dataset[5, index][0]), "not the sample of that epoch"

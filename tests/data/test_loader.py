@@ -259,6 +259,19 @@ def test_unfinished_validation_cache_is_never_visible(folder, cached_config):
     assert list((folder / "cache" / "deeper").iterdir()) == []
 
 
+def test_failure_while_the_validation_cache_is_written_leaves_nothing(folder, cached_config, monkeypatch):
+    def fail_after_a_batch(batches, *_, **__):
+        yield next(iter(batches))
+        raise OSError(28, "No space left on device")
+
+    others = multiprocessing.active_children()
+    monkeypatch.setattr("data.sources.cached.tqdm", fail_after_a_batch)
+    with pytest.raises(RuntimeError, match="validation cache .* failed: .*No space left") as info:
+        build_val_loader(cached_config, device="cpu")
+    assert list((folder / "cache" / "deeper").iterdir()) == []
+    assert not [child for child in multiprocessing.active_children() if child not in others], str(info.value)
+
+
 def test_damaged_validation_cache_is_refused(folder, cached_config):
     build_val_loader(cached_config, device="cpu")
     (file,) = (folder / "cache" / "deeper").iterdir()
