@@ -173,6 +173,11 @@ def test_damaged_member_is_an_error_not_noise(archive):
     (archive / "train.zip").write_bytes(bytes(content))
     with pytest.raises(ImageReadError, match="CRC"):
         source.load(0)
+    with zipfile.ZipFile(archive / "train.zip") as file:
+        last = file.infolist()[-1].header_offset
+    os.truncate(archive / "train.zip", last + 100)  # within its data
+    with pytest.raises(ImageReadError, match="truncated"):
+        source.load(14)
 
 
 def test_fingerprint_of_an_archive_tells_a_changed_archive_or_list(archive):

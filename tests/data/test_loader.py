@@ -234,9 +234,9 @@ def test_validation_cache_is_made_anew_when_its_inputs_change(folder, cached_con
 
 
 def test_validation_cache_is_made_anew_for_another_transform(folder, tmp_path):
-    """Images of the same shape, but other pixels: they must not share a file."""
-    changes = ({}, {"TEST__CROP": False}, {"DATA__INTERPOLATION": "bilinear"}, {"DATA__FAST_RESIZE": True})
-    for number, keys in enumerate(changes, start=1):
+    squashed = {"TEST__CROP": False}
+    changes = ({}, {"DATA__INTERPOLATION": "bilinear"}, {"DATA__FAST_RESIZE": True}, squashed)
+    for number, keys in enumerate((*changes, squashed | {"DATA__IMG_SIZE": 48}), start=1):
         config = make_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache", **keys)
         plain = build_dataset(make_config(DATA__DATA_PATH=folder, **keys), is_train=False)
         assert np.array_equal(build_dataset(config, is_train=False)[4][0], plain[4][0])
@@ -278,6 +278,15 @@ def test_damaged_validation_cache_is_refused(folder, cached_config):
     os.truncate(file, 1000)
     with pytest.raises(RuntimeError, match=f"{file.name} failed"):
         build_val_loader(cached_config, device="cpu")
+    np.save(file, np.zeros((15, 48, 48, 3), np.uint8))
+    with pytest.raises(RuntimeError, match="another shape has this name"):
+        build_val_loader(cached_config, device="cpu")
+
+
+def test_validation_cache_is_filled_batch_by_batch(folder, cached_config, monkeypatch):
+    monkeypatch.setattr("data.build._WRITE_BATCH", 4)
+    expected = list(build_val_loader(make_config(DATA__DATA_PATH=folder), device="cpu"))
+    assert equal(list(build_val_loader(cached_config, device="cpu")), expected)
 
 
 def test_only_the_first_process_of_a_machine_acts(monkeypatch):
