@@ -4,7 +4,7 @@
 
 As in the published split, each class is shuffled under seed 1024 and its first ``int(0.8 * n)`` images go to train/.
 Unlike there, names are sorted before the shuffle, so the split does not depend on the file system; BACKGROUND_Google,
-which is no category, is left out; and an existing split is not deleted without being asked.
+which is not a category, is left out; and an existing split is replaced only on request.
 """
 
 import argparse
@@ -27,8 +27,8 @@ Split = dict[str, dict[str, list[str]]]  # part -> class -> file names
 def split_classes(files: Mapping[str, Sequence[str]], *, seed: int = 1024, ratio: float = 0.8) -> Split:
     """Divide the files of each class into train and val.
 
-    The result depends on the names, the seed and the ratio only: classes and files are taken in sorted order, and each
-    class is shuffled under the seed of its own (so that another class more or less does not change the others).
+    The result depends on the names, the seed and the ratio only: files are taken in sorted order, and each class is
+    shuffled on its own, so that adding or removing a class does not change the others.
 
     Args:
         files: class name -> file names.
@@ -72,10 +72,10 @@ def list_classes(source: Path, *, keep_background: bool = False) -> dict[str, li
 
 
 def write_split(split: Split, source: Path, target: Path, *, symlink: bool = False) -> None:
-    """Copy, or link, the files of a split from ``source/CLASS`` to ``target/PART/CLASS``.
+    """Copy or link the files of a split from ``source/CLASS`` to ``target/PART/CLASS``.
 
-    The parts are made under another name and take the place of an earlier split only when they are complete, so an
-    interrupted run neither loses the old split nor leaves half a new one.
+    The parts are built under other names and replace an earlier split only when they are complete, so an interrupted
+    run neither loses the old split nor leaves half of a new one.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -98,17 +98,17 @@ def write_split(split: Split, source: Path, target: Path, *, symlink: bool = Fal
 
 
 def check_target(source: Path, target: Path, *, force: bool = False) -> None:
-    """Refuse a target that would damage something.
+    """Refuse a target where writing would damage something.
 
     Raises:
         ValueError: the target lies inside the source.
-        FileExistsError: it holds a split already, and ``force`` is not set.
+        FileExistsError: it already holds a split, and ``force`` is not set.
     """
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--target {target} lies in --source, where train/ and val/ would look like classes")
     existing = [str(target / part) for part in PARTS if os.path.lexists(target / part)]
     if existing and not force:
-        raise FileExistsError(f"{' and '.join(existing)} exist already; --force replaces them, or use another --target")
+        raise FileExistsError(f"{' and '.join(existing)} already exist; --force replaces them, or use another --target")
 
 
 def _remove(path: Path) -> None:
@@ -119,7 +119,7 @@ def _remove(path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     args = build_parser().parse_args(argv)
     try:
         check_target(args.source, args.target, force=args.force)
@@ -134,14 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in PARTS:
         print(f"  {part:<5} {counts[part]:>6} images in {args.target / part}")
     if not args.keep_background and (args.source / BACKGROUND).is_dir():
-        print(f"  {BACKGROUND} is no category and was left out (--keep-background keeps it)")
+        print(f"  {BACKGROUND} is not a category and was left out (--keep-background keeps it)")
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description="Split a folder of class folders into train/ and val/.")
-    parser.add_argument("--source", type=Path, required=True, help="folder with one folder of images for each class")
+    parser.add_argument("--source", type=Path, required=True, help="folder with one folder of images per class")
     parser.add_argument("--target", type=Path, required=True, help="folder that gets train/CLASS and val/CLASS")
     parser.add_argument(
         "--seed", type=int, default=1024, help="seed of the shuffle (default: %(default)s, as published)"

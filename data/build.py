@@ -1,13 +1,24 @@
-"""Loaders of the configuration: ``build_train_loader`` and ``build_val_loader``."""
+"""From the configuration to data sets and loaders."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from yacs.config import CfgNode
 
-from data.dataset import ImageDataset, build_dataset
+from data.dataset import ImageDataset
+from data.images.transforms import build_transform
 from data.loading.loader import ImageLoader
 from data.loading.samplers import EvalShardSampler, TrainSampler
-from utils.runtime import get_rank, get_world_size, integer_seed, usable_cores
+from data.sources.base import ArraySource, FolderSource, Source
+from data.sources.builtin import cifar_source, digits_source
+from data.sources.cached import DecodedSource, FinishedSource, finished_file, is_finished, write_finished
+from data.sources.zip import ZipSource
+from utils.config import FOLDER_DATASETS
+from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cores
+
+_WRITE_BATCH = 64  # images
 
 
 def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:
@@ -15,17 +26,14 @@ def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageL
 
     It yields (images, targets, indices): images uint8 (B, 3, S, S) in channels-last memory (fast pipeline) or
     normalised float (reference pipeline), int64 labels and sample indices (B,). ``loader.sampler`` is a TrainSampler:
-    call its ``set_progress`` before each epoch. Incomplete batches are dropped.
+    call its ``set_progress`` before each epoch. It gives whole batches only.
     """
     dataset = build_dataset(config, is_train=True)
+    batch_size = config.DATA.BATCH_SIZE
     sampler = TrainSampler(
-        len(dataset),
-        batch_size=config.DATA.BATCH_SIZE,
-        seed=config.SEED,
-        rank=get_rank(),
-        world_size=get_world_size(),
+        len(dataset), batch_size=batch_size, seed=config.SEED, rank=get_rank(), world_size=get_world_size()
     )
-    return _loader(config, dataset, sampler, batch_size=config.DATA.BATCH_SIZE, device=device, drop_last=True)
+    return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
 def build_val_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:
@@ -36,17 +44,74 @@ def build_val_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoa
     dataset = build_dataset(config, is_train=False)
     sampler = EvalShardSampler(len(dataset), rank=get_rank(), world_size=get_world_size())
     batch_size = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
-    return _loader(config, dataset, sampler, batch_size=batch_size, device=device, drop_last=False)
+    return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
-def _loader(
+def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
+    """Return the training or the validation data set of the configuration.
+
+    Raises:
+        ValueError: no DATA.DATA_PATH for a data set that needs it.
+        FileNotFoundError: files are missing; names them.
+        RuntimeError: a download or the validation cache failed; on all processes alike.
+    """
+    source = _build_source(config, is_train=is_train)
+    if config.DATA.CACHE_DECODED == "ram" and not isinstance(source, ArraySource):
+        source = DecodedSource(source)
+    transform = build_transform(config, is_train=is_train)
+    skip_bad = config.DATA.BAD_IMAGES == "skip"
+    dataset = ImageDataset(source, transform, seed=config.SEED, skip_bad=skip_bad)
+    if config.DATA.VAL_CACHE and not is_train:
+        source = _finished_source(dataset, Path(config.DATA.VAL_CACHE))
+        dataset = ImageDataset(source, np.asarray, seed=config.SEED)
+    return dataset
+
+
+def _build_source(config: CfgNode, *, is_train: bool) -> Source:
+    data = config.DATA
+    as_array = data.PIPELINE == "fast"
+    if data.DATASET == "digits":
+        return digits_source(is_train=is_train, as_array=as_array)
+    if not data.DATA_PATH:
+        raise ValueError(f"DATA.DATASET {data.DATASET!r} needs DATA.DATA_PATH (--data-path): where are the images?")
+    if data.DATASET not in FOLDER_DATASETS:
+        return cifar_source(data.DATASET, data.DATA_PATH, is_train=is_train, download=data.DOWNLOAD, as_array=as_array)
+    prefix = "train" if is_train else "val"
+    if data.ZIP_MODE:
+        return ZipSource(data.DATA_PATH, prefix, cache_mode=data.CACHE_MODE, as_array=as_array)
+    return FolderSource(Path(data.DATA_PATH) / prefix, as_array=as_array)
+
+
+def _finished_source(dataset: ImageDataset, folder: Path) -> FinishedSource:
+    """Return the source of the transformed images of ``dataset``; one process of each machine writes them if need be.
+
+    Raises:
+        RuntimeError: the file could not be written, or an image could not be read; on all processes alike.
+    """
+    size = dataset.transform.size
+    shape = (len(dataset), size, size, 3)
+    file = finished_file(folder, dataset.source, dataset.transform)
+
+    def write_if_missing() -> None:
+        if is_finished(file, shape):
+            return
+        loader = ImageLoader(dataset, batch_size=_WRITE_BATCH, num_workers=usable_cores(shared=False))
+        try:
+            write_finished(file, loader, shape)
+        finally:
+            loader.close()
+
+    once_per_machine(write_if_missing, what=f"writing the validation cache {file}")
+    return FinishedSource(dataset.source, file)
+
+
+def _build_loader(
     config: CfgNode,
     dataset: ImageDataset,
     sampler: Sampler,
     *,
     batch_size: int,
     device: torch.device | str,
-    drop_last: bool,
 ) -> ImageLoader:
     num_workers = usable_cores() if config.DATA.NUM_WORKERS < 0 else config.DATA.NUM_WORKERS
     return ImageLoader(
@@ -54,9 +119,6 @@ def _loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        drop_last=drop_last,
         pin_memory=config.DATA.PIN_MEMORY and torch.device(device).type == "cuda",
         timeout=config.DATA.LOADER_TIMEOUT if num_workers else 0,
-        # a stream of its own: starting workers must not draw from the training's
-        generator=torch.Generator().manual_seed(integer_seed(config.SEED, get_rank())),
     )

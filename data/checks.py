@@ -7,18 +7,17 @@ from PIL import ImageFile
 from yacs.config import CfgNode
 
 from data.dataset import ImageDataset
-from data.images.batch import mixes
 from utils.runtime import get_world_size
 
 _SHOWN = 5  # names in a message
 
 
 def check_data(config: CfgNode, train_dataset: ImageDataset | None, val_dataset: ImageDataset | None) -> None:
-    """Compare the data sets with each other and with the configuration; None leaves a data set out.
+    """Compare the data sets with each other and with the configuration; None leaves one out.
 
     Raises:
         ValueError: lists every problem found: labels or number of classes that do not fit MODEL.NUM_CLASSES, hidden or
-            empty class folders, class lists of train and val that differ, batches that do not fit.
+            empty class folders, class lists of train and val that differ, a batch larger than the training set.
     """
     problems = []
     for part, dataset in (("train", train_dataset), ("val", val_dataset)):
@@ -29,7 +28,7 @@ def check_data(config: CfgNode, train_dataset: ImageDataset | None, val_dataset:
     if train_dataset is not None:
         problems += _batch_problems(config, len(train_dataset))
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        problems.append("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would be used without a word")
+        problems.append("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would be used silently")
     if problems:
         where = f"DATA.DATASET {config.DATA.DATASET!r}, DATA.DATA_PATH {config.DATA.DATA_PATH!r}"
         raise ValueError(f"the data cannot be used ({where}):\n" + "\n".join(f"  - {problem}" for problem in problems))
@@ -69,21 +68,15 @@ def _difference_problems(train: Sequence[str], val: Sequence[str]) -> list[str]:
 
 
 def _batch_problems(config: CfgNode, num_samples: int) -> list[str]:
-    problems = []
     batch, world_size = config.DATA.BATCH_SIZE, get_world_size()
     if batch > num_samples:
-        problems.append(f"DATA.BATCH_SIZE {batch} is larger than the {num_samples} training images")
-    elif batch * world_size > num_samples:
-        problems.append(
+        return [f"DATA.BATCH_SIZE {batch} is larger than the {num_samples} training images"]
+    if batch * world_size > num_samples:
+        return [
             f"one batch of all {world_size} processes takes {batch * world_size} images (DATA.BATCH_SIZE {batch}), but "
             f"there are {num_samples} training images"
-        )
-    if batch % 2 and mixes(config):
-        problems.append(
-            f"DATA.BATCH_SIZE {batch} is odd, but mixup and cutmix pair the images of a batch; use an even size, or "
-            "AUG.MIXUP 0 and AUG.CUTMIX 0"
-        )
-    return problems
+        ]
+    return []
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,8 +2,8 @@
 
     python tools/check_data.py /data/imagenet --output bad_images.txt
 
-Looks at all image files below the folder, in parallel, with the decoder that training uses. Writes one line for each
-bad file, ``path<TAB>reason``. Files that decode although their JPEG data is damaged are counted as suspicious: training
+All image files below the folder are read in parallel with the decoder that training uses. Each bad file gets one line
+in the list, ``path<TAB>reason``. Files that decode although their JPEG data is damaged count as suspicious: training
 uses them, as the published code does, but some of their pixels may be wrong.
 
 Exit code: 0 all files are good, 1 there are bad ones, 2 nothing could be checked.
@@ -27,12 +27,12 @@ from data import decode_image, jpeg_complaint
 from utils.errors import ImageReadError
 from utils.runtime import usable_cores
 
-_CHUNK = 64  # files a task
+_CHUNK = 64  # files per task
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One file that is not plainly good: ``bad`` (unreadable) or suspicious."""
+    """A file that is ``bad`` (unreadable), or else suspicious."""
 
     path: str
     reason: str
@@ -40,7 +40,7 @@ class Finding:
 
 
 def inspect(path: str) -> Finding | None:
-    """Decode one file; None if nothing is wrong with it."""
+    """Decode one file; return what is wrong with it, or None."""
     try:
         data = Path(path).read_bytes()
         decode_image(data, as_array=True)
@@ -61,7 +61,7 @@ def list_images(folder: str | Path) -> list[str]:
 
 
 def scan(paths: Sequence[str], *, workers: int) -> list[Finding]:
-    """Inspect files in ``workers`` processes; returns the findings in the order of the paths."""
+    """Inspect files in ``workers`` processes; return the findings in the order of the paths."""
     with ProcessPoolExecutor(workers, initializer=_ignore_interrupt) as pool:
         chunk = max(1, min(_CHUNK, len(paths) // (4 * workers)))
         results = pool.map(inspect, paths, chunksize=chunk)
@@ -75,7 +75,7 @@ def scan(paths: Sequence[str], *, workers: int) -> list[Finding]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     args = build_parser().parse_args(argv)
     paths = list_images(args.folder)
     if not paths:

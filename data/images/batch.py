@@ -7,17 +7,16 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data.images.erasing import RandomErasing
+from utils.config import mixes
 from utils.runtime import seeded_streams
-
-_MIX_MODES = ("batch", "pair", "elem")
 
 
 class BatchTransform:
     """Make a loader's batch ready for the model.
 
-    uint8 images are normalised with ImageNet's mean and deviation (for every data set, as published) and, in training,
-    randomly erased; float images come from the reference pipeline, which has done both. Then, in training, timm's
-    Mixup mixes images and labels. The global random streams are left alone.
+    uint8 images are normalised with ImageNet's mean and standard deviation (for every data set, as published) and, in
+    training, randomly erased; float images come from the reference pipeline, which has done both. Then, in training,
+    timm's Mixup mixes images and labels. The global random streams are left alone.
 
     Args:
         device: where the batch goes.
@@ -47,15 +46,12 @@ class BatchTransform:
         """Return (float images, targets) on the device.
 
         Args:
-            images: (B, 3, S, S), uint8 in 0..255 or normalised float.
+            images: (B, 3, S, S), uint8 in 0..255 or normalised float; B is even under mixup.
             targets: int64 (B,).
             indices: int64 (B,) on the CPU, indices of the samples in their data set.
             epoch: seeds the erasing, together with each index.
             update: number of the optimizer update; seeds the mixing, together with rank, epoch and the first index
                 (so that the batches of one accumulated update are mixed differently).
-
-        Raises:
-            ValueError: an odd batch under mixup.
         """
         raw = images.dtype == torch.uint8
         images = images.to(self.device, non_blocking=True)
@@ -67,10 +63,6 @@ class BatchTransform:
                 images = self._erasing(images, indices, epoch=epoch)
         if self._mixup is None:
             return images, targets
-        if len(images) % 2:
-            raise ValueError(
-                f"mixup pairs the images of a batch: DATA.BATCH_SIZE must be even, this batch has {len(images)}"
-            )
         with seeded_streams(self._seed, self._rank, epoch, update, int(indices[0])):
             return self._mixup(images, targets)
 
@@ -78,37 +70,20 @@ class BatchTransform:
 def build_batch_transform(
     config: CfgNode, *, is_train: bool, device: torch.device | str, rank: int = 0
 ) -> BatchTransform:
-    """Return the batch transform of the configuration; evaluation only moves and normalises.
-
-    Raises:
-        ValueError: unknown AUG.REMODE or AUG.MIXUP_MODE.
-    """
+    """Return the batch transform of the configuration; in evaluation it only moves and normalises."""
+    aug = config.AUG
     erasing = mixup = None
-    if is_train and config.AUG.REPROB > 0:
-        aug = config.AUG
+    if is_train and aug.REPROB > 0:
         erasing = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, seed=config.SEED)
     if is_train and mixes(config):
-        mixup = _timm_mixup(config)
+        mixup = Mixup(
+            mixup_alpha=aug.MIXUP,
+            cutmix_alpha=aug.CUTMIX,
+            cutmix_minmax=aug.CUTMIX_MINMAX,
+            prob=aug.MIXUP_PROB,
+            switch_prob=aug.MIXUP_SWITCH_PROB,
+            mode=aug.MIXUP_MODE,
+            label_smoothing=config.MODEL.LABEL_SMOOTHING,
+            num_classes=config.MODEL.NUM_CLASSES,
+        )
     return BatchTransform(torch.device(device), erasing=erasing, mixup=mixup, seed=config.SEED, rank=rank)
-
-
-def mixes(config: CfgNode) -> bool:
-    """Whether the configuration asks for mixup or cutmix in training."""
-    aug = config.AUG
-    return aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
-
-
-def _timm_mixup(config: CfgNode) -> Mixup:
-    aug = config.AUG
-    if aug.MIXUP_MODE not in _MIX_MODES:
-        raise ValueError(f"AUG.MIXUP_MODE is {aug.MIXUP_MODE!r}; known: {', '.join(_MIX_MODES)}")
-    return Mixup(
-        mixup_alpha=aug.MIXUP,
-        cutmix_alpha=aug.CUTMIX,
-        cutmix_minmax=aug.CUTMIX_MINMAX,
-        prob=aug.MIXUP_PROB,
-        switch_prob=aug.MIXUP_SWITCH_PROB,
-        mode=aug.MIXUP_MODE,
-        label_smoothing=config.MODEL.LABEL_SMOOTHING,
-        num_classes=config.MODEL.NUM_CLASSES,
-    )

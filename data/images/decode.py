@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB pixels, or to an error that says what is wrong.
+"""Decode image files to RGB pixels, or to an error that says what is wrong.
 
 Two decoders give the same pixels: Pillow reads every format; simplejpeg, when installed, reads ordinary JPEG files
 about 1.2 times as fast. Nothing is repaired silently: a truncated file is an error, 16-bit values are scaled to 8 bits
@@ -48,13 +48,13 @@ def decode_image(data: bytes, *, as_array: bool) -> Picture:
         raise
     except Exception as error:  # Pillow's plugins raise many types for foreign bytes (OSError, SyntaxError, ...)
         detail = str(error)
-        if "BytesIO" in detail:  # Pillow's text names our buffer instead of a file
+        if "BytesIO" in detail:  # Pillow's message names our buffer instead of a file
             detail = "not an image of a known format"
         raise ImageReadError(f"{detail or 'decoding failed'} [{type(error).__name__}]") from error
 
 
 def jpeg_complaint(data: bytes) -> str | None:
-    """Return libjpeg's complaint about a JPEG file that decoders accept all the same, or None.
+    """Return libjpeg's complaint about a JPEG file that decoders accept nevertheless, or None.
 
     Garbage inside the compressed data leaves wrong pixels without an error. Always None without simplejpeg.
     """
@@ -69,7 +69,7 @@ def jpeg_complaint(data: bytes) -> str | None:
 
 
 def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
-    """Decode a YCbCr or grey JPEG; None where Pillow must decide (CMYK, damaged, huge)."""
+    """Decode a YCbCr or grey JPEG file; None where Pillow has to decide (CMYK, damaged, huge)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         limit = Image.MAX_IMAGE_PIXELS

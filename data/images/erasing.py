@@ -19,8 +19,6 @@ _DRAWS_PER_TRY = 4  # area, aspect, top, left
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
-MODES = ("pixel", "rand", "const")
-
 
 class RandomErasing:
     """Erase random boxes of normalised images, in place.
@@ -29,20 +27,24 @@ class RandomErasing:
         probability: share of the images that are erased.
         mode: content of a box: ``pixel`` a normal random number for each value, ``rand`` one for each channel,
             ``const`` zero.
-        max_count: up to so many boxes an image; their area is divided by the number.
+        max_count: largest number of boxes per image, which share the area of one.
         seed: seed of the run.
     """
 
     def __init__(self, probability: float, *, mode: str = "pixel", max_count: int = 1, seed: int = 0) -> None:
-        if mode not in MODES:
-            raise ValueError(f"AUG.REMODE is {mode!r}; known: {', '.join(MODES)}")
         self.probability = probability
-        self._mode = mode
+        self._fill = {"pixel": _fill_pixels, "rand": _fill_channels, "const": _fill_zero}[mode]
         self._max_count = max_count
         self._seed = seed
 
     def __call__(self, images: Tensor, indices: Tensor, *, epoch: int) -> Tensor:
-        """Erase in ``images`` (B, C, H, W); ``indices`` (B,), on the CPU, are the samples' indices."""
+        """Erase in ``images`` (B, C, H, W) and return them.
+
+        Args:
+            images: float, on any device.
+            indices: int64 (B,) on the CPU, indices of the samples in their data set.
+            epoch: number of the epoch.
+        """
         keys = sample_keys(integer_seed(self._seed, epoch), indices.numpy())
         draws = uniform_numbers(keys, 2 + self._max_count * _TRIES * _DRAWS_PER_TRY)
         generator = torch.Generator(images.device)
@@ -50,8 +52,7 @@ class RandomErasing:
         for position in np.flatnonzero(draws[:, 0] < self.probability):
             generator.manual_seed(int(keys[position] >> np.uint64(1)))
             for top, left, box_height, box_width in self._boxes(draws[position, 1:].tolist(), height, width):
-                box = images[position, :, top : top + box_height, left : left + box_width]
-                self._fill(box, generator)
+                self._fill(images[position, :, top : top + box_height, left : left + box_width], generator)
         return images
 
     def _boxes(self, draws: list[float], height: int, width: int) -> list[tuple[int, int, int, int]]:
@@ -71,13 +72,17 @@ class RandomErasing:
                     break
         return boxes
 
-    def _fill(self, box: Tensor, generator: torch.Generator) -> None:
-        if self._mode == "pixel":
-            box.normal_(generator=generator)
-        elif self._mode == "rand":
-            box.copy_(torch.randn((box.shape[0], 1, 1), generator=generator, device=box.device, dtype=box.dtype))
-        else:
-            box.zero_()
+
+def _fill_pixels(box: Tensor, generator: torch.Generator) -> None:
+    box.normal_(generator=generator)
+
+
+def _fill_channels(box: Tensor, generator: torch.Generator) -> None:
+    box.copy_(torch.randn((box.shape[0], 1, 1), generator=generator, device=box.device, dtype=box.dtype))
+
+
+def _fill_zero(box: Tensor, _: torch.Generator) -> None:
+    box.zero_()
 
 
 def sample_keys(base: int, indices: np.ndarray) -> np.ndarray:
@@ -90,12 +95,12 @@ def uniform_numbers(keys: np.ndarray, count: int) -> np.ndarray:
 
     Counter-based, hence without a loop over the samples: the SplitMix64 generator (Steele, Lea, Flood, OOPSLA 2014).
     """
-    steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN  # modulo 2**64, as all of this
+    steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN  # modulo 2**64, like everything here
     return (_mix(keys[:, None] + steps[None, :]) >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: every bit of the input changes every bit of the output."""
+    """Return SplitMix64's finaliser of ``words``: every bit of the input changes every bit of the output."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

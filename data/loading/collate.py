@@ -1,4 +1,4 @@
-"""From samples to one batch."""
+"""Make one batch of samples."""
 
 import os
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def collate_arrays(samples: Sequence[Sample]) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Make a batch whose targets and indices are arrays; what a worker sends.
+    """Return a batch whose targets and indices are arrays, as a worker sends it.
 
-    uint8 arrays (S, S, 3) are copied one after another, which is four times as fast as interleaving them into NCHW,
-    and handed out as a view (B, 3, S, S), hence channels last. Targets and indices become tensors only at their
+    uint8 arrays (S, S, 3) are copied one after another, which is four times as fast as transposing them to NCHW, and
+    returned as a view (B, 3, S, S), hence channels last. Targets and indices become tensors only at their
     destination, because each tensor travels in a shared memory segment of its own, which takes a millisecond to open.
     """
     pictures, targets, indices = zip(*samples, strict=True)
     if isinstance(pictures[0], Tensor):
-        images = default_collate(pictures)  # the published one; in a worker it stacks into shared memory
+        images = default_collate(pictures)  # as published; in a worker it stacks into shared memory
     else:
         stack = _stack_shared if _SHARES and get_worker_info() is not None else _stack
         images = stack(pictures).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
@@ -45,10 +45,10 @@ def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
 
 
 def _stack_shared(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Stack pictures into a memory file, which travels to the main process without another copy.
+    """Stack pictures in a memory file, which travels to the main process without another copy.
 
-    Writing fills new pages twice as fast as touching them does, and, unlike torch's own shared memory, a memory file
-    does not count towards /dev/shm, which containers make too small for batches of images.
+    Writing to the file fills new pages twice as fast as storing into mapped memory does. Unlike torch's own shared
+    memory, a memory file does not count towards /dev/shm, which containers make too small for batches of images.
     """
     file = os.memfd_create("batch", os.MFD_CLOEXEC)
     try:

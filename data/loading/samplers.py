@@ -1,4 +1,4 @@
-"""Order of the samples: resumable and sharded for training, unpadded for evaluation."""
+"""The order of the samples: resumable and sharded for training, sharded without padding for evaluation."""
 
 from collections.abc import Iterator
 
@@ -43,7 +43,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Whole global batches in an uninterrupted epoch; the rest of the samples waits for another permutation."""
+        """Number of whole global batches in an uninterrupted epoch; the samples left over are dropped in that epoch."""
         return self.num_samples // self.global_batch
 
     def set_progress(self, epoch: int, samples_seen: int = 0) -> None:
@@ -61,7 +61,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
         self.samples_seen = samples_seen
 
     def __len__(self) -> int:
-        """Samples of this rank still to come in the epoch."""
+        """Return the number of samples of this rank still to come in the epoch."""
         return (self.num_samples - self.samples_seen) // self.global_batch * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Items of different length in one block of memory that all data workers share, whatever their start method."""
+"""Items of different lengths in one block of memory that all data workers share, whatever their start method."""
 
 import os
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ _USABLE_SHARE = 0.9
 
 
 class SharedItems:
-    """Fixed set of byte items in shared memory; the creator fills it once, before workers start.
+    """A fixed set of byte strings in shared memory; the creator fills it once, before workers start.
 
     Args:
         lengths: bytes of each item; 0 = not stored.
-        purpose: configuration key that asked for the memory, for the error message.
+        purpose: the configuration key that asks for the memory, for the error message.
 
     Raises:
         ValueError: the items do not fit into the free memory.
@@ -43,7 +43,7 @@ class SharedItems:
 
 
 def free_memory() -> int:
-    """Bytes that shared memory can still take on this machine."""
+    """Return how many more bytes of shared memory this machine has room for."""
     if _MEMINFO.exists():  # counts reclaimable page cache as available, unlike sysconf
         fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         limits = [int(fields["MemAvailable"].split()[0]) * 1024]

@@ -1,4 +1,4 @@
-"""Where images come from: folders, arrays in memory. A source knows names, labels and how to read one image.
+"""What a source of images is, and the plainest two: folders, and arrays in memory.
 
 Sources hold their lists in flat arrays. A Python list of a million paths would be copied page by page into every data
 worker, because reading a Python object writes its reference count.
@@ -23,16 +23,16 @@ class Source(Protocol):
 
     classes: list[str]
     targets: np.ndarray  # int64 (N,), label of each image
-    as_array: bool  # hand out arrays where that is faster, else always PIL images
+    as_array: bool  # return arrays where that is faster, else always PIL images
 
     def name(self, index: int) -> str:
-        """Where image ``index`` comes from, for messages."""
+        """Return where image ``index`` comes from, for messages."""
 
     def load(self, index: int) -> Picture:
         """Return image ``index`` as RGB. Raises ImageReadError (without the name) if it cannot be read."""
 
     def fingerprint(self) -> str:
-        """Hash that changes when the images may have changed."""
+        """Return a hash that changes when the images may have changed."""
 
 
 class EncodedSource(Source, Protocol):
@@ -43,7 +43,7 @@ class EncodedSource(Source, Protocol):
 
 
 class PackedStrings:
-    """Immutable sequence of strings in two arrays."""
+    """An immutable sequence of strings, kept in two arrays."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         encoded = [os.fsencode(s) for s in strings]
@@ -111,14 +111,14 @@ class FolderSource:
 
 
 class ArraySource:
-    """Images that are in memory already.
+    """Images that are already in memory.
 
     Args:
         images: uint8 (N, H, W, 3).
         targets: N labels.
         classes: class names.
         title: name of the data set, for messages (``title[17]``).
-        as_array: hand the images out as arrays, else as PIL images.
+        as_array: return the images as arrays, else as PIL images.
     """
 
     def __init__(

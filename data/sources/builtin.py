@@ -1,4 +1,4 @@
-"""Data sets that other libraries bring along: CIFAR through torchvision, handwritten digits through scikit-learn."""
+"""Data sets that other libraries provide: CIFAR through torchvision, handwritten digits through scikit-learn."""
 
 import numpy as np
 from PIL import Image
@@ -13,9 +13,9 @@ _DIGITS_VAL_RATIO = 0.2
 
 
 def cifar_source(name: str, root: str, *, is_train: bool, download: bool, as_array: bool) -> ArraySource:
-    """CIFAR-10 or CIFAR-100 (``name``) from torchvision's files under ``root``.
+    """Return CIFAR-10 or CIFAR-100 (``name``) from torchvision's files under ``root``.
 
-    With ``download``, one process of each machine fetches what is missing while the others wait.
+    With ``download``, one process of each machine downloads what is missing while the others wait.
 
     Raises:
         FileNotFoundError: the files are missing or damaged.
@@ -29,16 +29,16 @@ def cifar_source(name: str, root: str, *, is_train: bool, download: bool, as_arr
     except RuntimeError as error:
         raise FileNotFoundError(
             f"{name} was not found in DATA.DATA_PATH={root!r}, or its files are damaged; set DATA.DOWNLOAD True or "
-            "unpack the archive of the Python version there"
+            "unpack the archive of its Python version there"
         ) from error
     return ArraySource(dataset.data, dataset.targets, dataset.classes, title=name, as_array=as_array)
 
 
 def digits_source(*, is_train: bool, as_array: bool) -> ArraySource:
-    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 to 32x32 pixels (bicubic), grey as RGB.
+    """Return scikit-learn's 1,797 handwritten digits, enlarged from 8x8 to 32x32 pixels (bicubic), grey as RGB.
 
-    The split is fixed: of each digit, the first 20 % of a permutation (seed 1024) are held out. numpy guarantees the
-    stream of ``RandomState``, so the split is the same for every version.
+    The split is fixed: of each digit, the first 20 % of a permutation (seed 1024) are held out. numpy never changes
+    the stream of ``RandomState``, so every version makes the same split.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.

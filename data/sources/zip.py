@@ -1,8 +1,8 @@
-"""Images inside ``train.zip`` and ``val.zip``, listed by ``train_map.txt`` and ``val_map.txt``.
+"""Images in ``train.zip`` and ``val.zip``, listed in ``train_map.txt`` and ``val_map.txt``.
 
 A line of a map is ``path<TAB>class``: the path of a member of the archive, and a class number or a class name. The
-directory of the archive is read once; afterwards every process, data workers too, reads members with ``os.pread``,
-which has no file position that processes could disturb each other by, and checks their CRC.
+directory of the archive is read once; after that every process, data workers included, reads members with
+``os.pread``, which uses no file position and so is safe between processes, and checks their CRC.
 """
 
 import hashlib
@@ -25,7 +25,6 @@ from utils.runtime import get_rank, get_world_size
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,7}")  # negative ones are reported by check_data
-_CACHE_MODES = ("no", "part", "full")
 
 
 class ZipSource:
@@ -42,12 +41,10 @@ class ZipSource:
 
     Raises:
         FileNotFoundError: archive or map missing, or the map names members that the archive lacks.
-        ValueError: a malformed map line, an encrypted member, an unknown cache mode, too little memory.
+        ValueError: a malformed map line, an encrypted member, or too little memory.
     """
 
     def __init__(self, root: str | Path, prefix: str, *, cache_mode: str, as_array: bool) -> None:
-        if cache_mode not in _CACHE_MODES:
-            raise ValueError(f"DATA.CACHE_MODE is {cache_mode!r}; known: {', '.join(_CACHE_MODES)}")
         self.archive = Path(root) / f"{prefix}.zip"
         map_file = Path(root) / f"{prefix}_map.txt"
         for file in (self.archive, map_file):
@@ -67,8 +64,8 @@ class ZipSource:
         return f"{self.archive}@/{self._paths[index]}"
 
     def read(self, index: int) -> bytes:
-        kept = self._cached[index] if self._cached is not None else None
-        return self._unpack(index, kept.tobytes() if kept is not None and len(kept) else self._read_stored(index))
+        kept = b"" if self._cached is None else self._cached[index].tobytes()
+        return self._unpack(index, kept or self._read_stored(index))
 
     def load(self, index: int) -> Picture:
         return decode_image(self.read(index), as_array=self.as_array)
@@ -89,7 +86,7 @@ class ZipSource:
         return self._file[1]
 
     def _read_stored(self, index: int) -> bytes:
-        """Return the stored (perhaps compressed) bytes of a member."""
+        """Return the bytes of a member as they are stored, perhaps compressed."""
         offset, size = int(self._members["offset"][index]), int(self._members["stored"][index])
         try:
             file = self._descriptor()
@@ -100,7 +97,7 @@ class ZipSource:
         except (OSError, struct.error) as error:
             raise ImageReadError(f"the archive cannot be read: {error} [{type(error).__name__}]") from error
         if signature != b"PK\x03\x04" or len(stored) != size:
-            raise ImageReadError("the archive is truncated or was changed while it is in use")
+            raise ImageReadError("the archive is truncated, or was changed during the run")
         return stored
 
     def _unpack(self, index: int, stored: bytes) -> bytes:
@@ -124,7 +121,11 @@ class ZipSource:
 
 
 def read_map(file: str | Path) -> tuple[list[str], list[str]]:
-    """Return the paths and the class texts of a map file. Raises ValueError for a malformed or empty one."""
+    """Return the paths and the class texts of a map file.
+
+    Raises:
+        ValueError: a malformed line, or no line.
+    """
     paths, labels = [], []
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -154,7 +155,7 @@ def number_classes(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
 
 
 def _locate_members(archive: Path, paths: Sequence[str], map_file: Path) -> dict[str, np.ndarray]:
-    """Read the archive's directory once and return the place of each listed member, as flat arrays."""
+    """Return where each listed member lies in the archive, as flat arrays."""
     try:
         with zipfile.ZipFile(archive) as opened:
             directory = {entry.filename: entry for entry in opened.infolist()}

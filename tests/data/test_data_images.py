@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from data.images import decode as image_io
+from data.images import decode
 from data.images.decode import decode_image, jpeg_complaint
 from tests.images import picture
 from utils.errors import ImageReadError
@@ -57,7 +57,7 @@ KINDS = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_decoders_give_torchvisions_pixels(kind, recwarn):
+def test_both_decoders_give_torchvisions_pixels(kind):
     data = KINDS[kind]
     with Image.open(io.BytesIO(data)) as image:
         image.info.pop("transparency", None)  # only silences Pillow's warning
@@ -78,7 +78,7 @@ def test_ordinary_jpegs_take_the_fast_decoder_and_others_do_not():
 @pytest.mark.parametrize("kind", ("4:2:0", "grey"))
 def test_same_pixels_without_the_fast_decoder(kind, monkeypatch):
     expected = np.asarray(decode_image(KINDS[kind], as_array=True))
-    monkeypatch.setattr(image_io, "simplejpeg", None)
+    monkeypatch.setattr(decode, "simplejpeg", None)
     assert np.array_equal(np.asarray(decode_image(KINDS[kind], as_array=True)), expected)
 
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import multiprocessing
+import os
 import zipfile
 
 import numpy as np
@@ -13,10 +14,10 @@ from torchvision.datasets import ImageFolder
 
 from data import build_dataset
 from data.sources import builtin
-from data.sources.base import FolderSource, PackedStrings
+from data.sources.base import ArraySource, FolderSource, PackedStrings
 from data.sources.zip import ZipSource, number_classes, read_map
 from tests.images import make_config, write_folder, write_splits
-from utils.config.checks import DATASETS as CONFIG_DATASETS
+from utils.config import FOLDER_DATASETS
 from utils.errors import ImageReadError
 
 
@@ -29,7 +30,7 @@ def test_packed_strings_give_the_strings_back():
 # --- folders ---
 
 
-@pytest.mark.parametrize("name", ("imagenet", "imagenet-1k", "101_ObjectCategories", "caltech101", "folder"))
+@pytest.mark.parametrize("name", FOLDER_DATASETS)
 def test_folder_lists_what_image_folder_lists(tmp_path, name):
     write_splits(tmp_path)
     (tmp_path / "train" / "cat" / "deeper").mkdir()
@@ -42,12 +43,6 @@ def test_folder_lists_what_image_folder_lists(tmp_path, name):
     assert [dataset.sample_name(i) for i in range(len(dataset))] == [path for path, _ in listing.samples]
     pixels = np.asarray(dataset.source.load(3))
     assert np.array_equal(pixels, np.asarray(listing[3][0]))
-
-
-def test_registry_has_the_names_that_the_configuration_knows():
-    from data import DATASETS
-
-    assert set(DATASETS) == set(CONFIG_DATASETS)
 
 
 @pytest.mark.parametrize(
@@ -70,16 +65,43 @@ def test_no_path_is_an_error_of_its_own():
         build_dataset(make_config(), is_train=True)
 
 
-def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="digits"):
-        build_dataset(make_config(DATA__DATASET="mnist"), is_train=True)
-
-
 def test_deleted_file_is_an_error_of_that_image(tmp_path):
     source = FolderSource(write_folder(tmp_path / "train"), as_array=True)
     (tmp_path / "train" / "cat" / "0.jpg").unlink()
     with pytest.raises(ImageReadError, match="No such file"):
         source.load(0)
+
+
+def _rename(root):
+    (root / "train" / "cat" / "0.jpg").rename(root / "train" / "cat" / "00.jpg")
+
+
+def _touch(root, name="train/cat/0.jpg"):
+    status = (root / name).stat()
+    os.utime(root / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def _lengthen(root):
+    file = root / "train" / "cat" / "0.jpg"
+    status = file.stat()
+    file.write_bytes(file.read_bytes() + b"\0")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", (_rename, _touch, _lengthen))
+def test_fingerprint_of_a_folder_tells_changed_files(tmp_path, change):
+    write_folder(tmp_path / "train")
+    before = FolderSource(tmp_path / "train", as_array=True).fingerprint()
+    assert FolderSource(tmp_path / "train", as_array=False).fingerprint() == before
+    change(tmp_path)
+    assert FolderSource(tmp_path / "train", as_array=True).fingerprint() != before
+
+
+def test_fingerprint_of_arrays_tells_changed_pixels():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    before = ArraySource(images, [0, 0], ["a"], title="x", as_array=True).fingerprint()
+    images[1, 3, 3, 2] = 1
+    assert ArraySource(images, [0, 0], ["a"], title="x", as_array=True).fingerprint() != before
 
 
 # --- archives ---
@@ -94,7 +116,9 @@ def archive(tmp_path):
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as file:
         for index in range(len(source.targets)):
             path = source.name(index).removeprefix(f"{tmp_path}/train/")
-            file.write(source.name(index), path, zipfile.ZIP_DEFLATED if index % 2 else zipfile.ZIP_STORED)
+            member = zipfile.ZipInfo(path)
+            member.extra = b"UT\x01\x00\x00" * (index % 3)  # as Info-ZIP writes times; it lies before the data
+            file.writestr(member, source.read(index), zipfile.ZIP_DEFLATED if index % 2 else zipfile.ZIP_STORED)
             lines.append(f"{path}\t{source.targets[index]}")
     (tmp_path / "train_map.txt").write_text("\n".join(lines) + "\n")
     return tmp_path
@@ -149,6 +173,24 @@ def test_damaged_member_is_an_error_not_noise(archive):
     (archive / "train.zip").write_bytes(bytes(content))
     with pytest.raises(ImageReadError, match="CRC"):
         source.load(0)
+    with zipfile.ZipFile(archive / "train.zip") as file:
+        last = file.infolist()[-1].header_offset
+    os.truncate(archive / "train.zip", last + 100)  # within its data
+    with pytest.raises(ImageReadError, match="truncated"):
+        source.load(14)
+
+
+def test_fingerprint_of_an_archive_tells_a_changed_archive_or_list(archive):
+    def fingerprint():
+        return ZipSource(archive, "train", cache_mode="no", as_array=True).fingerprint()
+
+    map_file = archive / "train_map.txt"
+    prints = [fingerprint()]
+    map_file.write_text("".join(f"{line}\n" for line in reversed(map_file.read_text().splitlines())))
+    prints.append(fingerprint())
+    _touch(archive, "train.zip")
+    prints.append(fingerprint())
+    assert len(set(prints)) == 3
 
 
 def test_archive_problems_name_the_file(archive):
@@ -174,6 +216,7 @@ def test_classes_of_a_map_are_numbers_or_names():
     names, targets = number_classes(["2", "0", "2"])
     assert names == ["0", "1", "2"]
     assert targets.tolist() == [2, 0, 2]
+    assert number_classes(["-1", "1"])[1].tolist() == [-1, 1], "which check_data reports"
     names, targets = number_classes(["dog", "cat", "dog"])
     assert names == ["cat", "dog"]
     assert targets.tolist() == [1, 0, 1]
@@ -182,6 +225,15 @@ def test_classes_of_a_map_are_numbers_or_names():
 def test_cache_that_does_not_fit_is_refused(archive, monkeypatch):
     monkeypatch.setattr("data.loading.shared_memory.free_memory", lambda: 1000)
     with pytest.raises(ValueError, match="CACHE_MODE.*needs 0.00 GB"):
+        ZipSource(archive, "train", cache_mode="full", as_array=True)
+
+
+def test_processes_of_a_machine_share_its_memory(archive, monkeypatch):
+    stored = (archive / "train.zip").stat().st_size
+    monkeypatch.setattr("data.loading.shared_memory.free_memory", lambda: 2 * stored)
+    ZipSource(archive, "train", cache_mode="full", as_array=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="for each process"):
         ZipSource(archive, "train", cache_mode="full", as_array=True)
 
 

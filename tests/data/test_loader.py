@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import (
-    ImageReadError,
-    TrainSampler,
-    build_batch_transform,
-    build_dataset,
-    build_train_loader,
-    build_val_loader,
-)
+from data import build_batch_transform, build_dataset, build_train_loader, build_val_loader
+from data.loading.samplers import TrainSampler
 from data.sources.base import ArraySource
 from data.sources.cached import DecodedSource, FinishedSource
 from tests.images import make_config, write_splits
+from utils.errors import ImageReadError
 from utils.runtime.processes import once_per_machine, usable_cores
 
 # torch suggests fewer workers than some tests start
@@ -98,6 +93,22 @@ def test_validation_needs_no_training_set_and_sees_everything_in_order(folder):
     assert len(loader.dataset) == 15
 
 
+def test_processes_train_on_different_samples(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("data.build.get_world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr("data.build.get_rank", lambda rank=rank: rank)
+        loader = build_train_loader(make_config(DATA__DATA_PATH=folder), device="cpu")
+        seen += [index for batch in train_batches(loader) for index in batch[2].tolist()]
+    assert len(seen) == len(set(seen)) == 24  # of 27, two batches of 4 for each process
+
+
+def test_time_limit_applies_to_workers_only(folder):
+    for workers, timeout in ((0, 0), (1, 7)):
+        config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers, DATA__LOADER_TIMEOUT=7)
+        assert build_train_loader(config, device="cpu").timeout == timeout
+
+
 @pytest.mark.parametrize("world_size", (2, 3, 20))
 def test_validation_shards_cover_the_set(folder, monkeypatch, world_size):
     seen = []
@@ -109,7 +120,7 @@ def test_validation_shards_cover_the_set(folder, monkeypatch, world_size):
     assert sorted(seen) == list(range(15))
 
 
-def test_random_streams_stay_where_they_were(folder):
+def test_random_streams_stay_where_they_were(folder, tmp_path):
     def streams():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
@@ -118,6 +129,7 @@ def test_random_streams_stay_where_they_were(folder):
         config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers)
         train_batches(build_train_loader(config, device="cpu"))
         list(build_val_loader(config, device="cpu"))
+    build_val_loader(make_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache"), device="cpu")
     assert streams() == before
 
 
@@ -221,11 +233,43 @@ def test_validation_cache_is_made_anew_when_its_inputs_change(folder, cached_con
     assert torch.equal(after[0][0][1:], before[0][0][1:])
 
 
+def test_validation_cache_is_made_anew_for_another_transform(folder, tmp_path):
+    squashed = {"TEST__CROP": False}
+    changes = ({}, {"DATA__INTERPOLATION": "bilinear"}, {"DATA__FAST_RESIZE": True}, squashed)
+    for number, keys in enumerate((*changes, squashed | {"DATA__IMG_SIZE": 48}), start=1):
+        config = make_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache", **keys)
+        plain = build_dataset(make_config(DATA__DATA_PATH=folder, **keys), is_train=False)
+        assert np.array_equal(build_dataset(config, is_train=False)[4][0], plain[4][0])
+        assert len(list((tmp_path / "cache").iterdir())) == number
+
+
+@pytest.mark.parametrize("library", ("PIL", "torch"))
+def test_validation_cache_is_made_anew_for_another_version_of_the_library(folder, tmp_path, monkeypatch, library):
+    keys = {"DATA__DATA_PATH": folder, "DATA__VAL_CACHE": tmp_path / "cache", "DATA__FAST_RESIZE": library == "torch"}
+    build_dataset(make_config(**keys), is_train=False)
+    monkeypatch.setattr(f"{library}.__version__", "99.9")
+    build_dataset(make_config(**keys), is_train=False)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_unfinished_validation_cache_is_never_visible(folder, cached_config):
     (folder / "val" / "dog" / "3.jpg").write_bytes(b"broken")
     with pytest.raises(RuntimeError, match=r"writing the validation cache .* failed: .*dog/3\.jpg"):
         build_val_loader(cached_config, device="cpu")
     assert list((folder / "cache" / "deeper").iterdir()) == []
+
+
+def test_failure_while_the_validation_cache_is_written_leaves_nothing(folder, cached_config, monkeypatch):
+    def fail_after_a_batch(batches, *_, **__):
+        yield next(iter(batches))
+        raise OSError(28, "No space left on device")
+
+    others = multiprocessing.active_children()
+    monkeypatch.setattr("data.sources.cached.tqdm", fail_after_a_batch)
+    with pytest.raises(RuntimeError, match="validation cache .* failed: .*No space left") as info:
+        build_val_loader(cached_config, device="cpu")
+    assert list((folder / "cache" / "deeper").iterdir()) == []
+    assert not [child for child in multiprocessing.active_children() if child not in others], str(info.value)
 
 
 def test_damaged_validation_cache_is_refused(folder, cached_config):
@@ -234,6 +278,15 @@ def test_damaged_validation_cache_is_refused(folder, cached_config):
     os.truncate(file, 1000)
     with pytest.raises(RuntimeError, match=f"{file.name} failed"):
         build_val_loader(cached_config, device="cpu")
+    np.save(file, np.zeros((15, 48, 48, 3), np.uint8))
+    with pytest.raises(RuntimeError, match="another shape has this name"):
+        build_val_loader(cached_config, device="cpu")
+
+
+def test_validation_cache_is_filled_batch_by_batch(folder, cached_config, monkeypatch):
+    monkeypatch.setattr("data.build._WRITE_BATCH", 4)
+    expected = list(build_val_loader(make_config(DATA__DATA_PATH=folder), device="cpu"))
+    assert equal(list(build_val_loader(cached_config, device="cpu")), expected)
 
 
 def test_only_the_first_process_of_a_machine_acts(monkeypatch):

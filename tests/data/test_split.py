@@ -49,7 +49,7 @@ def test_small_classes_and_ratios_are_refused():
         split_classes(FILES, ratio=1.0)
 
 
-def test_background_and_hidden_folders_are_no_classes(source):
+def test_background_and_hidden_folders_are_not_classes(source):
     assert list(list_classes(source)) == ["ant", "emu"]
     assert "BACKGROUND_Google" in list_classes(source, keep_background=True)
     assert "notes.txt" not in list_classes(source)["ant"]
@@ -60,7 +60,7 @@ def test_command_line_copies_and_summarises(source, tmp_path, capsys):
     assert main(["--source", str(source), "--target", str(target)]) == 0
     out = capsys.readouterr().out
     assert "2 classes, 12 images (seed 1024, ratio 0.8)" in out
-    assert "BACKGROUND_Google is no category" in out
+    assert "BACKGROUND_Google is not a category" in out
     assert len(files_below(target / "train")) == 8
     assert len(files_below(target / "val")) == 4
     copy = next((target / "val" / "ant").iterdir())

@@ -1,0 +1,137 @@
+"""Crop and resize pictures that may be arrays: the pixels of timm and torchvision with fewer copies.
+
+A crop is cut out of the decoded array before anything is copied. ``pil_resize`` gives the published pixels;
+``torch_resize`` is several times as fast and differs by rounding.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from torch import Tensor, nn
+
+from data.images.decode import Picture
+from utils.errors import ImageReadError
+
+Resize = Callable[[Picture, tuple[int, int], str], Picture]  # picture, (height, width), name of the filter
+
+SMALL = 32  # pixels; up to this size, training pads and crops instead of zooming in, as published for CIFAR
+CROP_RATIO = 256 / 224  # shorter side before the centre crop, relative to the crop
+_PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
+
+
+class ResizedCrop:
+    """Random resized crop of timm for pictures that may be arrays: the same random numbers, the same pixels."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation, *, resize: Resize) -> None:
+        self._crop = crop
+        self._resize = resize
+        self._interpolation = crop.interpolation.value
+
+    def __call__(self, picture: Picture) -> Picture:
+        height, width = _size(picture)
+        shape_only = torch.empty((0, height, width))  # get_params reads nothing but the size
+        box = self._crop.get_params(shape_only, self._crop.scale, self._crop.ratio)
+        return self._resize(_cut(picture, *box), self._crop.size, self._interpolation)
+
+
+class EvalResize:
+    """Resize and centre crop of evaluation, as torchvision's Resize and CenterCrop; returns uint8 (S, S, 3).
+
+    Args:
+        size: S, pixels.
+        crop: scale the shorter side to 256/224 of S (to S itself for S <= 32) and crop the centre; otherwise squash
+            the whole picture into the square.
+        interpolation: name of the filter.
+        resize: implementation.
+
+    Raises:
+        ImageReadError: when called with a picture so elongated that its resized form would not fit into memory.
+    """
+
+    def __init__(self, size: int, *, crop: bool, interpolation: str, resize: Resize) -> None:
+        self.size = size
+        self.short_side = size if size <= SMALL else int(CROP_RATIO * size) if crop else None
+        self.interpolation = interpolation
+        self.resize = resize
+
+    def __call__(self, picture: Picture) -> np.ndarray:
+        target = self._scaled_size(*_size(picture))
+        if _size(picture) != target:
+            picture = self.resize(picture, target, self.interpolation)
+        top, left = (int(round((length - self.size) / 2.0)) for length in target)  # torchvision's rounding
+        return np.ascontiguousarray(_cut(picture, top, left, self.size, self.size))
+
+    def metadata(self) -> dict[str, object]:
+        """Return what the pixels depend on besides the picture, for the name of a file that keeps them."""
+        library = f"Pillow {PIL.__version__}"
+        if self.resize is torch_resize:
+            library = f"torch {torch.__version__} in the order of {library}"
+        return {
+            "size": self.size,
+            "short_side": self.short_side,
+            "interpolation": self.interpolation,
+            "library": library,
+        }
+
+    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        if self.short_side is None:
+            return self.size, self.size
+        scaled = tuple(int(self.short_side * side / min(height, width)) for side in (height, width))
+        if Image.MAX_IMAGE_PIXELS is not None and scaled[0] * scaled[1] > Image.MAX_IMAGE_PIXELS:
+            raise ImageReadError(f"{width} x {height} pixels: too elongated, resizing it would take {scaled} pixels")
+        return scaled
+
+
+def as_image(picture: Picture) -> Image.Image:
+    """Return a picture as a PIL image."""
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+
+
+def pil_resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Image.Image:
+    """Resize to ``size`` = (height, width) with Pillow's antialiasing filters."""
+    return as_image(picture).resize(size[::-1], str_to_pil_interp(interpolation))
+
+
+def torch_resize(picture: Picture, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Resize to ``size`` = (height, width) with PyTorch's antialiasing uint8 kernel.
+
+    The passes over rows and columns come in Pillow's order. What is left is rounding: on 200 ImageNet photographs,
+    0.3 % of the values differ from Pillow's, by 2/255 at most, by 0.003/255 on average.
+    """
+    pixels = np.asarray(picture)
+    pixels = pixels if pixels.flags.writeable else pixels.copy()  # torch takes no read-only memory
+    # (H, W, 3) -> (1, 3, H, W); the batch's stride is right too, or torch would not answer in channels_last order
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    if _rows_first(pixels.shape[:2], size):
+        image = _interpolate(image, (size[0], image.shape[3]), interpolation)
+    return _interpolate(image, size, interpolation)[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
+
+
+def _interpolate(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    return nn.functional.interpolate(image, size=size, mode=interpolation, antialias=True)
+
+
+def _rows_first(size: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Return whether Pillow scales the height before the width, both sizes being (height, width).
+
+    Pillow 13 does so where the height loses more than twice as many pixels as the width; earlier versions and PyTorch
+    never do.
+    """
+    lost_rows, lost_columns = size[0] - target[0], size[1] - target[1]
+    return _PILLOW_13 and lost_rows > max(0, 2 * lost_columns)
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    """Return (height, width)."""
+    return picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+
+
+def _cut(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
+    """Return a box of a picture; a view where the picture is an array."""
+    if isinstance(picture, np.ndarray):
+        return picture[top : top + height, left : left + width]
+    return picture.crop((left, top, left + width, top + height))
