@@ -17,7 +17,7 @@ from utils.config import (
     require_known_key,
     run_folder,
 )
-from utils.config.checks import CHOICES, DATASETS, RANGES
+from utils.config.checks import CHOICES, RANGES
 from utils.config.defaults import flatten
 from utils.config.recipe import NEUTRAL_KEYS, RESULT_KEYS, WITHOUT_EFFECT
 
@@ -123,12 +123,6 @@ def test_every_number_has_a_range_and_every_named_key_exists():
     named = {*CHOICES, *NEUTRAL_KEYS, *RESULT_KEYS, *(key for keys, _, _ in WITHOUT_EFFECT for key in keys)}
     assert named <= set(defaults)
     assert all(defaults[key] in choices for key, choices in CHOICES.items())
-
-
-def test_the_data_package_knows_the_same_data_sets():
-    from data.dataset import DATASETS as BUILT  # here, because it imports torch
-
-    assert set(BUILT) == set(DATASETS)
 
 
 def test_values_take_the_type_of_their_key(write):

@@ -16,7 +16,7 @@ from data.sources import builtin
 from data.sources.base import FolderSource, PackedStrings
 from data.sources.zip import ZipSource, number_classes, read_map
 from tests.images import make_config, write_folder, write_splits
-from utils.config.checks import DATASETS as CONFIG_DATASETS
+from utils.config import DATASETS as CONFIG_DATASETS
 from utils.errors import ImageReadError
 
 

@@ -1,6 +1,13 @@
 """The configuration of a run: keys, files, checks, the published recipe, the command line."""
 
 from utils.config.cli import parse
+from utils.config.facts import (
+    CIFAR_DATASETS,
+    DATASETS,
+    FOLDER_DATASETS,
+    mixes,
+    odd_batch_problem,
+)
 from utils.config.loading import (
     config_notices,
     default_config,
@@ -14,10 +21,15 @@ from utils.config.loading import (
 )
 
 __all__ = [
+    "CIFAR_DATASETS",
+    "DATASETS",
+    "FOLDER_DATASETS",
     "config_notices",
     "default_config",
     "dump_config",
     "load_config",
+    "mixes",
+    "odd_batch_problem",
     "parse",
     "parse_config",
     "recipe_deviations",

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from yacs.config import CfgNode
 
 from utils.config.defaults import flatten
+from utils.config.facts import DATASETS, FOLDER_DATASETS, odd_batch_problem, published_num_patches
 
-FOLDER_DATASETS = ("imagenet", "imagenet-1k", "101_ObjectCategories", "caltech101", "folder")
-DATASETS = (*FOLDER_DATASETS, "CIFAR10", "CIFAR100", "digits")  # the same names as in data.dataset (tested)
 FAST_RESIZES = ("bicubic", "bilinear")  # DATA.INTERPOLATION with DATA.FAST_RESIZE: what torch shrinks without aliasing
 STAGE_STRIDE = 8  # the three merges between the four stages halve the map each
 AUTO_AUGMENT_POLICIES = ("rand", "augmix", "original", "v0", "3a")  # what timm's policy strings start with
@@ -96,12 +95,6 @@ class Problem:
     text: str
 
 
-def mixes(config: CfgNode) -> bool:
-    """Whether mixup or cutmix is on."""
-    aug = config.AUG
-    return aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
-
-
 def check_config(config: CfgNode) -> list[Problem]:
     """Return everything that is wrong with the values of a complete configuration.
 
@@ -164,7 +157,7 @@ def _check_model(config: CfgNode) -> Iterator[Problem]:
             f"DATA.IMG_SIZE is {config.DATA.IMG_SIZE}, not a multiple of {side} (patch size {strip.PATCH_SIZE} times "
             f"{STAGE_STRIDE}); take {sizes}",
         )
-    patches = strip.NUM_PATCHES or (2 if strip.EMBED_DIM % 80 == 0 else 4)
+    patches = strip.NUM_PATCHES or published_num_patches(strip.EMBED_DIM)
     if strip.EMBED_DIM % (2 * patches):
         yield Problem(
             ("MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.NUM_PATCHES"),
@@ -191,13 +184,9 @@ def _check_training(config: CfgNode) -> Iterator[Problem]:
 
 def _check_augmentation(config: CfgNode) -> Iterator[Problem]:
     aug = config.AUG
-    trains = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
-    if trains and mixes(config) and config.DATA.BATCH_SIZE % 2:
-        yield Problem(
-            ("DATA.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX"),
-            f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}, but mixup and cutmix pair the images of a batch: take an "
-            "even size, or set AUG.MIXUP and AUG.CUTMIX to 0 and AUG.CUTMIX_MINMAX to None",
-        )
+    odd_batch = odd_batch_problem(config)
+    if odd_batch:
+        yield Problem(("DATA.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX"), odd_batch)
     policy = aug.AUTO_AUGMENT
     if policy not in ("", "none") and not policy.startswith(AUTO_AUGMENT_POLICIES):
         yield Problem(

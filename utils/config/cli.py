@@ -8,7 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.checks import DATASETS
+from utils.config.facts import DATASETS
 from utils.config.loading import load_config, require_known_key
 
 

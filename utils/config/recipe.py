@@ -5,8 +5,8 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.checks import mixes
 from utils.config.defaults import default_config, flatten
+from utils.config.facts import mixes
 
 # Keys that the weights at the end of training do not depend on: places, names, how often something is saved or shown.
 NEUTRAL_KEYS = frozenset(
