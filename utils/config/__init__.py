@@ -1,6 +1,7 @@
 """The configuration of a run: keys, files, checks, the published recipe, the command line."""
 
 from utils.config.cli import parse
+from utils.config.dumping import dump_config
 from utils.config.facts import (
     CIFAR_DATASETS,
     DATASETS,
@@ -8,17 +9,9 @@ from utils.config.facts import (
     mixes,
     odd_batch_problem,
 )
-from utils.config.loading import (
-    config_notices,
-    default_config,
-    dump_config,
-    load_config,
-    parse_config,
-    recipe_deviations,
-    recipe_differences,
-    require_known_key,
-    run_folder,
-)
+from utils.config.keys import default_config, require_known_key
+from utils.config.loading import load_config, parse_config, run_folder
+from utils.config.recipe import config_notices, recipe_deviations, recipe_differences
 
 __all__ = [
     "CIFAR_DATASETS",
