@@ -16,7 +16,7 @@ AUTO_AUGMENT_POLICIES = ("rand", "augmix", "original", "v0", "3a")  # what timm'
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault of a configuration: the keys that cause it, and what is wrong with which remedy."""
+    """One problem of a configuration: the keys that cause it, and what is wrong with the remedy."""
 
     keys: tuple[str, ...]
     text: str
@@ -25,7 +25,7 @@ class Problem:
 def check_config(config: CfgNode) -> list[Problem]:
     """Return everything that is wrong with the values of a complete configuration.
 
-    Types and known names are not looked at: they are refused where a value is read.
+    Types and names are not checked here, but where a value is read.
     """
     return [
         *_check_ranges(config),

@@ -88,7 +88,7 @@ def parse(
 ) -> tuple[argparse.Namespace, CfgNode]:
     """Read the command line and the configuration that it names.
 
-    A fault of either ends the program with status 2 and a readable message; ``--print-config`` ends it with status 0.
+    An error in either ends the program with status 2 and a readable message, ``--print-config`` with status 0.
 
     Args:
         argv: the words after the program's name; None takes those of this process.

@@ -20,12 +20,7 @@ from utils.config.values import convert, in_interval, is_null
 
 @dataclass(frozen=True)
 class Idle:
-    """A condition under which a key has no effect.
-
-    Attributes:
-        reason: the condition in words.
-        applies: the condition.
-    """
+    """A condition under which a key has no effect, in words and as a function of the configuration."""
 
     reason: str
     applies: Callable[[CfgNode], bool]
@@ -37,17 +32,17 @@ class Key:
 
     Attributes:
         name: dotted name.
-        default: the published value, or for a key of ours the one that keeps the published behaviour.
+        default: the published value; where ``ours``, the value that keeps the published behaviour.
         help: what it means.
-        allowed: for text, the known values, separated by ``|``; for numbers, an interval, ``[`` with its end and ``(``
-            without it, in which each entry of a list has to lie. Empty: every value of the default's type.
-        affects: ``"weights"``: can change the trained weights. ``"result"``: changes the reported accuracy, but a
-            resumed run may change it. ``"nothing"``: places, names, how often something is saved or logged.
+        allowed: for text, the known names, separated by ``|``. For numbers, an interval for each of them; ``[`` and
+            ``]`` include the end, ``(`` and ``)`` exclude it. Empty: any value of the default's type.
+        affects: ``"weights"``: can change the trained weights. ``"result"``: changes the reported accuracy, but may
+            differ when a run is resumed. ``"nothing"``: a place, a name, or how often something is saved or logged.
         idle_when: when the key has no effect.
-        flag: its flag on the command line and what follows it, such as ``--seed N``. A flag alone takes one of the
-            known values, or sets a switch to True.
+        flag: its flag on the command line and the placeholder of the value, such as ``--seed N``. Without a
+            placeholder, the flag sets a switch to True, or takes one of the known names.
         ours: the key is not in the published code.
-        like: where the default is None, a value of the type that the key takes besides None.
+        like: for a default of None, a value of the other type that the key takes.
     """
 
     name: str
@@ -87,24 +82,25 @@ class Key:
         return self.idle_when is not None and self.idle_when.applies(config)
 
 
-AUTO_AUGMENT_ON = Idle("AUG.AUTO_AUGMENT takes its place", lambda c: c.AUG.AUTO_AUGMENT not in ("", "none"))
-CACHE_UNUSED = Idle("DATA.ZIP_MODE is False", lambda c: not c.DATA.ZIP_MODE)
-DROP_OFF = Idle("MODEL.DROP is False", lambda c: not c.MODEL.DROP)
-EMA_OFF = Idle("TRAIN.EMA_DECAY is 0", lambda c: c.TRAIN.EMA_DECAY == 0)
-ERASING_OFF = Idle("AUG.REPROB is 0", lambda c: c.AUG.REPROB == 0)
-MIXING_OFF = Idle("mixup and cutmix are off", lambda c: not mixes(c))
-NO_PATCH_NORM = Idle("the network has no norm after the patch embedding, as published", lambda c: True)
-NOT_COSINE = Idle("TRAIN.LR_SCHEDULER.NAME is not cosine", lambda c: c.TRAIN.LR_SCHEDULER.NAME != "cosine")
-NOT_STEP = Idle("TRAIN.LR_SCHEDULER.NAME is not step", lambda c: c.TRAIN.LR_SCHEDULER.NAME != "step")
-NOT_TIMM = Idle("MODEL.TYPE is not timm", lambda c: c.MODEL.TYPE != "timm")
-TIMM = Idle("MODEL.TYPE is timm", lambda c: c.MODEL.TYPE == "timm")
-WARMUP_OFF = Idle("TRAIN.WARMUP_EPOCHS is 0", lambda c: c.TRAIN.WARMUP_EPOCHS == 0)
-WITH_ADAMW = Idle("TRAIN.OPTIMIZER.NAME is adamw", lambda c: c.TRAIN.OPTIMIZER.NAME == "adamw")
-WITH_LINEAR = Idle(
-    "TRAIN.LR_SCHEDULER.NAME is linear, which always decays from the end of warm-up",
-    lambda c: c.TRAIN.LR_SCHEDULER.NAME == "linear",
-)
-WITH_SGD = Idle("TRAIN.OPTIMIZER.NAME is sgd", lambda c: c.TRAIN.OPTIMIZER.NAME == "sgd")
+def value_of(config: CfgNode, name: str) -> Any:
+    """Return the value of the key with a dotted name."""
+    return reduce(getattr, name.split("."), config)
+
+
+def when(name: str, value: Any) -> Idle:
+    """Return the condition that a key has a value."""
+    return Idle(f"{name} is {value}", lambda config: value_of(config, name) == value)
+
+
+def unless(name: str, value: Any) -> Idle:
+    """Return the condition that a key has another value."""
+    return Idle(f"{name} is not {value}", lambda config: value_of(config, name) != value)
+
+
+NO_PATCH_NORM = Idle("the network has no norm after the patch embedding, as published", lambda config: True)
+AUTO_AUGMENT_ON = Idle("AUG.AUTO_AUGMENT takes its place", lambda config: config.AUG.AUTO_AUGMENT not in ("", "none"))
+MIXING_OFF = Idle("mixup and cutmix are off", lambda config: not mixes(config))
+TIMM = when("MODEL.TYPE", "timm")
 
 # A table: each row is one line, or two where it is long.
 # fmt: off
@@ -117,7 +113,7 @@ _ROWS = (
     Key("DATA.INTERPOLATION", "bicubic", "filter that scales images", "bicubic|bilinear|lanczos|nearest"),
     Key("DATA.ZIP_MODE", False, "read train.zip and val.zip instead of folders", affects="nothing", flag="--zip"),
     Key("DATA.CACHE_MODE", "part", "images of the archives kept in memory: none, the share of this process, or all",
-        "no|part|full", affects="nothing", idle_when=CACHE_UNUSED, flag="--cache-mode"),
+        "no|part|full", affects="nothing", idle_when=when("DATA.ZIP_MODE", False), flag="--cache-mode"),
     Key("DATA.PIN_MEMORY", True, "page-locked batches, for faster copies to the GPU", affects="nothing"),
     Key("DATA.NUM_WORKERS", -1, "loader processes per process; -1 = its share of the usable cores (published: 8)",
         "[-1, inf)", affects="nothing", flag="--num-workers N"),
@@ -137,13 +133,14 @@ _ROWS = (
     Key("MODEL.TYPE", "strip_mlp_layer", "strip_mlp_layer, or timm to train the baseline MODEL.TIMM_NAME",
         "strip_mlp_layer|timm"),
     Key("MODEL.NAME", "strip_mlp", "name of the config, part of the output folder", affects="nothing"),
-    Key("MODEL.TIMM_NAME", "", "model name in timm, for MODEL.TYPE timm", idle_when=NOT_TIMM, ours=True),
+    Key("MODEL.TIMM_NAME", "", "model name in timm, for MODEL.TYPE timm",
+        idle_when=unless("MODEL.TYPE", "timm"), ours=True),
     Key("MODEL.PRETRAINED", "", "checkpoint whose weights start the training",
         affects="result", flag="--pretrained FILE"),
     Key("MODEL.RESUME", "", "checkpoint to continue from, or to evaluate", affects="nothing", flag="--resume FILE"),
     Key("MODEL.NUM_CLASSES", 1000, "classes of the head", "[1, inf)"),
     Key("MODEL.DROP", False, "switch of MODEL.DROP_RATE"),
-    Key("MODEL.DROP_RATE", 0.2, "dropout before the head, probability", "[0, 1)", idle_when=DROP_OFF),
+    Key("MODEL.DROP_RATE", 0.2, "dropout before the head, probability", "[0, 1)", idle_when=when("MODEL.DROP", False)),
     Key("MODEL.DROP_PATH_RATE", 0.1, "stochastic depth, probability of dropping a residual branch", "[0, 1)"),
     Key("MODEL.DROP_PATH_SCHEDULE", "constant", "the same rate in each block, or linear from 0",
         "constant|linear", idle_when=TIMM, ours=True),
@@ -164,8 +161,10 @@ _ROWS = (
     Key("TRAIN.WARMUP_EPOCHS", 20, "epochs in which the rate rises linearly from TRAIN.WARMUP_LR", "[0, inf)"),
     Key("TRAIN.WEIGHT_DECAY", 0.05, "decoupled decay; none on biases and one-dimensional parameters", "[0, inf)"),
     Key("TRAIN.BASE_LR", 5e-4, "learning rate at the end of warm-up", "(0, inf)"),
-    Key("TRAIN.WARMUP_LR", 5e-7, "learning rate of the first update", "[0, inf)", idle_when=WARMUP_OFF),
-    Key("TRAIN.MIN_LR", 5e-6, "learning rate at the end of the cosine", "[0, inf)", idle_when=NOT_COSINE),
+    Key("TRAIN.WARMUP_LR", 5e-7, "learning rate of the first update",
+        "[0, inf)", idle_when=when("TRAIN.WARMUP_EPOCHS", 0)),
+    Key("TRAIN.MIN_LR", 5e-6, "learning rate at the end of the cosine",
+        "[0, inf)", idle_when=unless("TRAIN.LR_SCHEDULER.NAME", "cosine")),
     Key("TRAIN.CLIP_GRAD", 5.0, "largest norm of the gradient; 0 = no clipping", "[0, inf)"),
     Key("TRAIN.AUTO_RESUME", True, "continue from the last good checkpoint of the output folder", affects="nothing"),
     Key("TRAIN.ACCUMULATION_STEPS", 0, "forward passes per update; 0 and 1 = no accumulation",
@@ -174,21 +173,23 @@ _ROWS = (
         affects="nothing", flag="--use-checkpoint"),
     Key("TRAIN.LR_SCHEDULER.NAME", "cosine", "shape of the decay", "cosine|linear|step"),
     Key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30, "epochs between two steps of the step schedule",
-        "[1, inf)", idle_when=NOT_STEP),
-    Key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, "factor of one step", "(0, 1]", idle_when=NOT_STEP),
-    Key("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", False, "count the decay from the end of warm-up",
-        idle_when=WITH_LINEAR, ours=True),
+        "[1, inf)", idle_when=unless("TRAIN.LR_SCHEDULER.NAME", "step")),
+    Key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, "factor of one step",
+        "(0, 1]", idle_when=unless("TRAIN.LR_SCHEDULER.NAME", "step")),
+    Key("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", False, "count the decay from the end of warm-up, as linear always does",
+        idle_when=when("TRAIN.LR_SCHEDULER.NAME", "linear"), ours=True),
     Key("TRAIN.OPTIMIZER.NAME", "adamw", "adamw, or sgd with Nesterov momentum", "adamw|sgd"),
-    Key("TRAIN.OPTIMIZER.EPS", 1e-8, "epsilon of AdamW", "(0, inf)", idle_when=WITH_SGD),
-    Key("TRAIN.OPTIMIZER.BETAS", (0.9, 0.999), "AdamW's decay of the two moments", "[0, 1)", idle_when=WITH_SGD),
-    Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, "momentum of SGD", "[0, 1)", idle_when=WITH_ADAMW),
+    Key("TRAIN.OPTIMIZER.EPS", 1e-8, "epsilon of AdamW", "(0, inf)", idle_when=when("TRAIN.OPTIMIZER.NAME", "sgd")),
+    Key("TRAIN.OPTIMIZER.BETAS", (0.9, 0.999), "AdamW's decay of the two moments",
+        "[0, 1)", idle_when=when("TRAIN.OPTIMIZER.NAME", "sgd")),
+    Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, "momentum of SGD", "[0, 1)", idle_when=when("TRAIN.OPTIMIZER.NAME", "adamw")),
     Key("TRAIN.LR_SCALING", "none", "multiply the three rates by (images per update / 512), or by its square root",
         "none|linear|sqrt", ours=True),
     Key("TRAIN.AMP", "off", "mixed precision", "off|bf16|fp16", flag="--amp", ours=True),
     Key("TRAIN.EMA_DECAY", 0.0, "decay of the moving average of the weights, per update; 0 = no average",
         "[0, 1)", ours=True),
     Key("TRAIN.EMA_WARMUP", True, "let the decay of the average rise slowly at the start",
-        idle_when=EMA_OFF, ours=True),
+        idle_when=when("TRAIN.EMA_DECAY", 0), ours=True),
     Key("TRAIN.SYNC_BN", False, "batch statistics over all processes", ours=True),
     Key("TRAIN.COMPILE", False, "torch.compile", ours=True),
     Key("TRAIN.TF32", False, "TF32 products on NVIDIA GPUs; False = full float32", ours=True),
@@ -209,8 +210,8 @@ _ROWS = (
     Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "timm's policy string; empty or none = off"),
     Key("AUG.REPROB", 0.25, "probability of random erasing", "[0, 1]"),
     Key("AUG.REMODE", "pixel", "content of an erased rectangle: the mean colour, one random colour, random pixels",
-        "const|rand|pixel", idle_when=ERASING_OFF),
-    Key("AUG.RECOUNT", 1, "largest number of rectangles per erased image", "[1, inf)", idle_when=ERASING_OFF),
+        "const|rand|pixel", idle_when=when("AUG.REPROB", 0)),
+    Key("AUG.RECOUNT", 1, "largest number of rectangles per erased image", "[1, inf)", idle_when=when("AUG.REPROB", 0)),
     Key("AUG.MIXUP", 0.8, "alpha of mixup's Beta distribution; 0 = off", "[0, inf)"),
     Key("AUG.CUTMIX", 1.0, "alpha of cutmix's Beta distribution; 0 = off", "[0, inf)"),
     Key("AUG.CUTMIX_MINMAX", None, "least and largest side of the cutmix rectangle, as a share of the image; or None",
@@ -265,7 +266,7 @@ def default_config() -> CfgNode:
 
 def flatten(config: CfgNode) -> dict[str, Any]:
     """Return ``{'SECTION.KEY': value}`` of all keys, in the order of the tree."""
-    return {name: reduce(getattr, name.split("."), config) for name in KEYS}
+    return {name: value_of(config, name) for name in KEYS}
 
 
 def set_value(config: CfgNode, name: str, value: Any) -> None:

@@ -14,8 +14,8 @@ wins over `--opts`, `--opts` over the file, and the file over the files that it 
 `--print-config` to a command to see the values that it would use, and where each of them was set.
 
 - **Key**: those with a + are not in the published code; their defaults keep its behaviour.
-- **Allowed**: names, in upper or lower case, or an interval, `[` with its end and `(` without it. Each number of a list
-  has to lie inside.
+- **Allowed**: names, in upper or lower case, or an interval for each number; `[` and `]` include the end, `(` and `)`
+  exclude it.
 - **Changes**: `weights` = can change the trained weights, so that a resumed run refuses another value without
   `--allow-change KEY`; `result` = changes the reported accuracy, but may differ on resume; `-` = neither.
 """

@@ -28,10 +28,8 @@ def convert(value: Any, default: Any, choices: Sequence[str] = ()) -> Any:
     """
     if isinstance(default, bool):
         return _to_bool(value)
-    if isinstance(default, int):
-        return _to_int(value)
-    if isinstance(default, float):
-        return _to_float(value)
+    if isinstance(default, (int, float)):
+        return _to_number(value, type(default))
     if isinstance(default, str):
         return _to_choice(_to_text(value), choices)
     return _to_numbers(value, default)
@@ -58,26 +56,15 @@ def _to_bool(value: Any) -> bool:
     raise ValueError(f"{reprlib.repr(value)} is not true or false")
 
 
-def _to_int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
+def _to_number(value: Any, kind: type[int] | type[float]) -> float:
+    if isinstance(value, (int, kind)) and not isinstance(value, bool):
+        return kind(value)
     try:
         if isinstance(value, str):
-            return int(value)
+            return kind(value)
     except ValueError:
         pass  # the message below says what was expected
-    raise ValueError(f"{reprlib.repr(value)} is not a whole number")
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    try:
-        if isinstance(value, str):
-            return float(value)
-    except ValueError:
-        pass  # the message below says what was expected
-    raise ValueError(f"{reprlib.repr(value)} is not a number")
+    raise ValueError(f"{reprlib.repr(value)} is not a {'whole number' if kind is int else 'number'}")
 
 
 def _to_text(value: Any) -> str:
