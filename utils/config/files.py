@@ -77,7 +77,7 @@ def _read_chain(chain: tuple[Path, ...], folders: list[Path], layers: list[Layer
 
 
 def _chain_fault(chain: tuple[Path, ...], folders: list[Path]) -> str:
-    """Say why the last file of ``chain`` must not be read, or return an empty text."""
+    """Return why the last file of ``chain`` must not be read, or an empty text."""
     path = chain[-1]
     resolved = path.resolve()
     if path.suffix.lower() not in SUFFIXES:
