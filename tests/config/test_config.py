@@ -1,5 +1,6 @@
 """The configuration: defaults, files and their bases, types, all problems at once, and what a run deviates in."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -185,6 +186,7 @@ def test_one_problem(write, text, parts):
 def test_evaluation_takes_odd_batches(write):
     path = write("DATA: {BATCH_SIZE: 33}")
     assert load_config(path, overrides={"EVAL_MODE": True}).DATA.BATCH_SIZE == 33
+    assert load_config(path, overrides={"THROUGHPUT_MODE": True}).DATA.BATCH_SIZE == 33
     assert len(problems_of(path)) == 1
 
 
@@ -267,7 +269,8 @@ def test_the_published_run_deviates_in_nothing(write):
     assert recipe_deviations(default_config()) == {}
     config = load_config(
         write(
-            "DATA: {DATASET: CIFAR100, DATA_PATH: d, BATCH_SIZE: 128, NUM_WORKERS: 3}\nOUTPUT: o\nTAG: t\n"
+            "DATA: {DATASET: CIFAR100, DATA_PATH: d, BATCH_SIZE: 128, NUM_WORKERS: 3, PIPELINE: reference}\n"
+            "OUTPUT: o\nTAG: t\n"
             "MODEL: {NAME: n, NUM_CLASSES: 100, STRIP_MLP: {EMBED_DIM: 112, LAYERS: [2, 2, 18, 2]}}\n"
             "TRAIN: {ACCUMULATION_STEPS: 1, SAVE_KEEP: 5, OPTIMIZER: {MOMENTUM: 0.5}}"
         )
@@ -309,10 +312,30 @@ def test_parse_config_names_its_source():
         parse_config("SEAD: 1\nBASE: [a.yaml]", "x.pth")
 
 
-def test_require_known_key():
+def test_parse_config_takes_overrides():
+    text = dump_config(default_config())
+    config = parse_config(text, "x.pth", {"DATA.DATA_PATH": "elsewhere", "SEED": "4"})
+    assert (config.DATA.DATA_PATH, config.SEED, config.TRAIN) == ("elsewhere", 4, default_config().TRAIN)
+    with pytest.raises(ValueError, match=r"of x\.pth:\n  - the command line: SEED: 'four' is not a whole number"):
+        parse_config(text, "x.pth", {"SEED": "four"})
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("TRAIN.BASE_LRR", "; did you mean TRAIN.BASE_LR?"),
+        ("train.base_lr", "; did you mean TRAIN.BASE_LR?"),  # another case
+        ("train.optimizer.name", "; did you mean TRAIN.OPTIMIZER.NAME?"),
+        ("TEST.EPOCHS", "; did you mean TRAIN.EPOCHS?"),  # another section
+        ("BATCH_SIZE", "; did you mean DATA.BATCH_SIZE or TEST.BATCH_SIZE?"),
+        ("EVALUATION.HFLIPP", "; did you mean AUG.HFLIP?"),  # both
+        ("NOTHING.LIKE_IT", ""),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_known_one(name, hint):
     require_known_key("TRAIN.BASE_LR")
-    with pytest.raises(ValueError, match=r"TRAIN\.BASE_LRR is not a known key; did you mean TRAIN\.BASE_LR\?"):
-        require_known_key("TRAIN.BASE_LRR")
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} is not a known key{re.escape(hint)}$"):
+        require_known_key(name)
 
 
 def test_run_folder(write):

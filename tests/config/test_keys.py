@@ -161,6 +161,11 @@ def test_defaults_are_the_published_values():
     assert set(defaults) - set(PUBLISHED) == {name for name, key in KEYS.items() if key.ours}
 
 
+def test_each_default_configuration_is_its_own():
+    default_config().MODEL.STRIP_MLP.LAYERS.append(2)
+    assert flatten(default_config())["MODEL.STRIP_MLP.LAYERS"] == PUBLISHED["MODEL.STRIP_MLP.LAYERS"]
+
+
 @every_key
 def test_a_key_takes_another_value(key, tmp_path):
     value, besides = another(key), BESIDES.get(key.name, {})
@@ -173,8 +178,11 @@ def test_a_key_takes_another_value(key, tmp_path):
 
 @every_key
 def test_a_key_refuses_other_types(key):
-    with pytest.raises(ValueError, match=r"is not text|is not true or false|is not a|1 entries instead of"):
+    expected = r"is not text|is not true or false|is not a|1 entries instead of"
+    with pytest.raises(ValueError, match=expected):
         configured({key.name: ["a", "b"] if isinstance(key.default, str) else "what"})
+    with pytest.raises(ValueError, match=expected):
+        configured({key.name: 1.5 if isinstance(key.default, bool) else True})
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS.values() if key.choices], ids=lambda key: key.name)
@@ -241,7 +249,7 @@ def test_the_size_of_strip_mlp_has_no_effect_on_a_timm_model():
 
 
 def test_config_and_network_accept_the_same_widths():
-    """The published rule for the number of patches stands in both: neither package may import the other."""
+    """Neither package may import the other, so that what the widths have to divide into stands in both."""
 
     def refuses(build, *arguments) -> bool:
         try:

@@ -21,12 +21,3 @@ def odd_batch_problem(config: CfgNode) -> str:
         f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}, but mixup and cutmix pair the images of a batch: take an even "
         "size, or set AUG.MIXUP and AUG.CUTMIX to 0 and AUG.CUTMIX_MINMAX to None"
     )
-
-
-def published_num_patches(embed_dim: int) -> int:
-    """Return the number of channel patches of the published networks (``MODEL.STRIP_MLP.NUM_PATCHES`` 0).
-
-    ``models`` holds the same rule: it is installed alone and cannot import this file, and this package does not import
-    torch. A test compares the widths that the two accept.
-    """
-    return 2 if embed_dim % 80 == 0 else 4
