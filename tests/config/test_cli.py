@@ -1,10 +1,15 @@
 """The command line: every flag reaches its key, typos are refused, messages are readable."""
 
-import pytest
+import os
 
-from utils.config import default_config
-from utils.config.cli import FLAGS, build_parser, parse
-from utils.config.defaults import flatten
+import pytest
+import torch.distributed as dist
+
+import main
+import main_eval
+from utils.config import default_config, dump_config, load_config
+from utils.config.cli import build_parser, parse
+from utils.config.keys import KEYS, flatten
 
 
 @pytest.fixture
@@ -26,30 +31,29 @@ def stopped(capsys, *argv: str) -> str:
 
 
 CASES = [
-    ("--batch-size", "128", 128),
-    ("--data-path", "some/where", "some/where"),
-    ("--dataset", "cifar10", "CIFAR10"),
-    ("--zip", None, True),
-    ("--cache-mode", "full", "full"),
-    ("--num-workers", "-1", -1),
-    ("--pretrained", "w.pth", "w.pth"),
-    ("--resume", "c.pth", "c.pth"),
-    ("--epochs", "50", 50),
-    ("--accumulation-steps", "4", 4),
-    ("--use-checkpoint", None, True),
-    ("--amp", "bf16", "bf16"),
-    ("--amp-opt-level", "O1", "O1"),
-    ("--seed", "0", 0),
-    ("--output", "out", "out"),
-    ("--tag", "t", "t"),
-    ("--eval", None, True),
-    ("--throughput", None, True),
+    ("--batch-size", "DATA.BATCH_SIZE", "128", 128),
+    ("--data-path", "DATA.DATA_PATH", "some/where", "some/where"),
+    ("--dataset", "DATA.DATASET", "cifar10", "CIFAR10"),
+    ("--zip", "DATA.ZIP_MODE", None, True),
+    ("--cache-mode", "DATA.CACHE_MODE", "full", "full"),
+    ("--num-workers", "DATA.NUM_WORKERS", "-1", -1),
+    ("--pretrained", "MODEL.PRETRAINED", "w.pth", "w.pth"),
+    ("--resume", "MODEL.RESUME", "c.pth", "c.pth"),
+    ("--epochs", "TRAIN.EPOCHS", "50", 50),
+    ("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", "4", 4),
+    ("--use-checkpoint", "TRAIN.USE_CHECKPOINT", None, True),
+    ("--amp", "TRAIN.AMP", "bf16", "bf16"),
+    ("--amp-opt-level", "AMP_OPT_LEVEL", "O1", "O1"),
+    ("--seed", "SEED", "0", 0),
+    ("--output", "OUTPUT", "out", "out"),
+    ("--tag", "TAG", "t", "t"),
+    ("--eval", "EVAL_MODE", None, True),
+    ("--throughput", "THROUGHPUT_MODE", None, True),
 ]
 
 
-@pytest.mark.parametrize(("flag", "word", "value"), CASES)
-def test_a_flag_sets_its_key(cfg, flag, word, value):
-    key = next(row.key for row in FLAGS if row.name == flag)
+@pytest.mark.parametrize(("flag", "key", "word", "value"), CASES)
+def test_a_flag_sets_its_key(cfg, flag, key, word, value):
     _, config = parse(["--cfg", cfg, flag, *([] if word is None else [word])])
     values = flatten(config)
     assert values[key] == value
@@ -58,15 +62,14 @@ def test_a_flag_sets_its_key(cfg, flag, word, value):
 
 
 def test_all_flags_are_covered_and_explained(capsys):
-    assert {flag for flag, _, _ in CASES} == {row.name for row in FLAGS}
-    assert {row.key for row in FLAGS} <= set(flatten(default_config()))
+    assert {(key.flag.split()[0], key.name) for key in KEYS.values() if key.flag} == {case[:2] for case in CASES}
     with pytest.raises(SystemExit) as info:
         build_parser("What it does.").parse_args(["--help"])
     assert info.value.code == 0
     text = capsys.readouterr().out
-    assert all(row.name in text and f"[{row.key}]" in "".join(text.split()) for row in FLAGS)
-    others = ("What it does.", "--cfg", "--opts", "--allow-change", "--weights", "--local_rank", "--local-rank")
-    assert all(part in text for part in others)
+    assert all(flag in text and f"[{key}]" in "".join(text.split()) for flag, key, _, _ in CASES)
+    others = ("What it does.", "--cfg", "--opts", "--print-config", "--allow-change", "--weights", "--local_rank")
+    assert all(part in text for part in (*others, "--local-rank", "CIFAR100", "no|part|full", "--amp off|bf16|fp16"))
 
 
 def test_without_flags_the_file_decides(cfg):
@@ -132,3 +135,68 @@ def test_the_config_is_required(capsys):
 
 def test_a_missing_config_names_the_nearest(cfg, capsys):
     assert f"did you mean {cfg}?" in stopped(capsys, "--cfg", cfg.replace("run.yaml", "runn.yaml"))
+
+
+LINES = [line.split(":")[0].strip() for line in dump_config(default_config()).splitlines()]
+
+
+def printed(capsys, *argv: str) -> str:
+    """Parse words with --print-config, which must end with status 0; return what is printed."""
+    with pytest.raises(SystemExit) as info:
+        parse([*argv, "--print-config"])
+    streams = capsys.readouterr()
+    assert (info.value.code, streams.err) == (0, "")
+    return streams.out
+
+
+def test_print_config_names_the_source_of_what_is_not_the_default(tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text("TRAIN: {EPOCHS: 100}\nMODEL: {STRIP_MLP: {LAYERS: [1, 1, 2, 1]}}")
+    run = tmp_path / "run.yaml"
+    run.write_text("BASE: base.yaml\nMODEL: {NAME: run}\nTRAIN: {EPOCHS: 90}")
+    words = ["--opts", "TRAIN.OPTIMIZER.BETAS", "0.9,0.95", "AMP_OPT_LEVEL=O1", "--tag", "t", "--num-workers", "-1"]
+    lines = printed(capsys, "--cfg", str(run), *words).splitlines()
+    commented = [line.strip() for line in lines if "#" in line]
+    assert commented == [
+        f"NAME: run  # {run}",
+        f"LAYERS: [1, 1, 2, 1]  # {tmp_path / 'base.yaml'}",
+        f"EPOCHS: 90  # {run}",
+        "BETAS: [0.9, 0.95]  # --opts",
+        "AMP: fp16  # AMP_OPT_LEVEL from --opts",
+        "AMP_OPT_LEVEL: O1  # --opts",
+        "TAG: t  # the command line",
+    ]
+    assert [line.split(":")[0].strip() for line in lines] == LINES
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--amp-opt-level", "O2", "--zip", "--opts", "AUG.CUTMIX_MINMAX", "0.2,0.4", "AUG.AUTO_AUGMENT", ""],
+        ["--data-path", "a # b: c", "--pretrained", "two\nlines 'and' \"quotes\"", "--tag", "ü\u2028\x07 - off"],
+        ["--data-path", "word " * 60, "--tag", "null ", "--opts", "MODEL.NAME", "1e-3"],
+    ],
+)
+def test_what_print_config_prints_is_a_config_file(tmp_path, capsys, words):
+    folder = tmp_path / "with\na line # ü"
+    folder.mkdir()
+    (folder / "run.yaml").write_text("SEED: 3")
+    argv = ["--cfg", str(folder / "run.yaml"), *words]
+    copy = tmp_path / "copy.yaml"
+    text = printed(capsys, *argv)
+    copy.write_text(text)
+    assert text.count("\n") == len(LINES)
+    assert load_config(copy) == parse(argv)[1]
+
+
+@pytest.mark.parametrize("program", [main.main, main_eval.main])
+def test_print_config_starts_nothing(cfg, tmp_path, monkeypatch, capsys, program):
+    monkeypatch.chdir(tmp_path)
+    program(["--cfg", cfg, "--resume", "nowhere.pth", "--print-config"])  # torch's wrapper returns on exit status 0
+    assert ("EVAL_MODE: true" in capsys.readouterr().out) == (program is main_eval.main)
+    assert os.listdir() == ["run.yaml"]
+    assert not dist.is_initialized()
+
+
+def test_print_config_refuses_what_a_run_would(cfg, capsys):
+    assert "DATA.BATCH_SIZE is 0" in stopped(capsys, "--cfg", cfg, "--print-config", "--batch-size", "0")

@@ -1,27 +1,28 @@
 """The configuration of a run: keys, files, checks, the published recipe, the command line."""
 
-from utils.config.checks import DATASETS, FOLDER_DATASETS, mixes
 from utils.config.cli import parse
-from utils.config.loading import (
-    config_notices,
-    default_config,
-    dump_config,
-    load_config,
-    parse_config,
-    recipe_deviations,
-    recipe_differences,
-    require_known_key,
-    run_folder,
+from utils.config.dumping import dump_config
+from utils.config.facts import (
+    CIFAR_DATASETS,
+    DATASETS,
+    FOLDER_DATASETS,
+    mixes,
+    odd_batch_problem,
 )
+from utils.config.keys import default_config, require_known_key
+from utils.config.loading import load_config, parse_config, run_folder
+from utils.config.recipe import config_notices, recipe_deviations, recipe_differences
 
 __all__ = [
-    "config_notices",
+    "CIFAR_DATASETS",
     "DATASETS",
+    "FOLDER_DATASETS",
+    "config_notices",
     "default_config",
     "dump_config",
-    "FOLDER_DATASETS",
     "load_config",
     "mixes",
+    "odd_batch_problem",
     "parse",
     "parse_config",
     "recipe_deviations",

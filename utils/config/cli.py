@@ -1,69 +1,16 @@
-"""Command line of training and evaluation: one table says which flag sets which config key."""
+"""The command line that training and evaluation share."""
 
 import argparse
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.checks import DATASETS
-from utils.config.loading import load_config, require_known_key
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A flag of the command line that sets one config key.
-
-    Attributes:
-        name: the flag.
-        key: the config key.
-        help: one line for ``--help``.
-        metavar: what follows the flag; '' for a switch that sets the key to True.
-    """
-
-    name: str
-    key: str
-    help: str
-    metavar: str = ""
-
-    @property
-    def dest(self) -> str:
-        """Name of the flag's attribute in the parsed arguments."""
-        return self.name.lstrip("-").replace("-", "_")
-
-
-FLAGS = (
-    Flag("--batch-size", "DATA.BATCH_SIZE", "images per process and forward pass", "N"),
-    Flag("--data-path", "DATA.DATA_PATH", "folder of the data set", "DIR"),
-    Flag("--dataset", "DATA.DATASET", f"data set: {', '.join(DATASETS)}", "NAME"),
-    Flag("--zip", "DATA.ZIP_MODE", "read train.zip and val.zip instead of folders"),
-    Flag(
-        "--cache-mode",
-        "DATA.CACHE_MODE",
-        "with --zip, images kept in memory: none, this process's part, or all",
-        "no|part|full",
-    ),
-    Flag("--num-workers", "DATA.NUM_WORKERS", "loader processes per process; -1 = its share of the cores", "N"),
-    Flag("--pretrained", "MODEL.PRETRAINED", "checkpoint whose weights start the training", "FILE"),
-    Flag("--resume", "MODEL.RESUME", "checkpoint to continue from, or to evaluate", "FILE"),
-    Flag("--epochs", "TRAIN.EPOCHS", "length of the training", "N"),
-    Flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", "forward passes per update", "N"),
-    Flag("--use-checkpoint", "TRAIN.USE_CHECKPOINT", "recompute activations: less memory, more time"),
-    Flag("--amp", "TRAIN.AMP", "mixed precision", "off|bf16|fp16"),
-    Flag(
-        "--amp-opt-level",
-        "AMP_OPT_LEVEL",
-        "published name of the precision: O0 = off, O1 and O2 = fp16; prefer --amp",
-        "O0|O1|O2",
-    ),
-    Flag("--seed", "SEED", "seed of weights, order and augmentation", "N"),
-    Flag("--output", "OUTPUT", "parent folder of all runs; a run writes to OUTPUT/MODEL.NAME/TAG", "DIR"),
-    Flag("--tag", "TAG", "name of this run's folder", "NAME"),
-    Flag("--eval", "EVAL_MODE", "evaluate the checkpoint given with --resume, then stop"),
-    Flag("--throughput", "THROUGHPUT_MODE", "measure images per second, then stop"),
-)
+from utils.config.dumping import annotate_config
+from utils.config.keys import KEYS, require_known_key
+from utils.config.loading import load_with_sources
+from utils.config.suggest import did_you_mean
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,13 +20,11 @@ class _Parser(argparse.ArgumentParser):
         """Parse all of ``args``; whatever is left over ends the program with status 2."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unknown: {', '.join(self._with_hint(word) for word in unknown)}")
+            self.error("; ".join(f"unknown: {word}{self._hint(word)}" for word in unknown))
         return parsed
 
-    def _with_hint(self, word: str) -> str:
-        flag = word.split("=", 1)[0]
-        matches = get_close_matches(flag, self._option_string_actions, n=1) if flag.startswith("-") else []
-        return f"{word} (did you mean {matches[0]}?)" if matches else word
+    def _hint(self, word: str) -> str:
+        return did_you_mean(word.split("=", 1)[0], self._option_string_actions) if word.startswith("-") else ""
 
 
 def build_parser(description: str = "") -> argparse.ArgumentParser:
@@ -93,11 +38,14 @@ def build_parser(description: str = "") -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="KEY VALUE",
-        help="set any config key: pairs KEY VALUE or words KEY=VALUE; a flag wins over them",
+        help="set any key of docs/CONFIG.md: pairs KEY VALUE or words KEY=VALUE; a flag wins over them",
     )
-    for flag in FLAGS:
-        kind = {"metavar": flag.metavar} if flag.metavar else {"action": "store_true", "default": None}
-        parser.add_argument(flag.name, dest=flag.dest, help=f"{flag.help} [{flag.key}]", **kind)
+    _add_key_flags(parser)
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="check the configuration, print it with the source of each value that is not the default, and stop",
+    )
     parser.add_argument(
         "--allow-change",
         action="append",
@@ -121,12 +69,26 @@ def build_parser(description: str = "") -> argparse.ArgumentParser:
     return parser
 
 
+def _add_key_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the table of keys; what a flag is given is stored under the name of its key."""
+    for key in KEYS.values():
+        if not key.flag:
+            continue
+        flag, _, placeholder = key.flag.partition(" ")
+        text = f"{key.help}: {', '.join(key.choices)}" if key.choices and placeholder else key.help
+        if isinstance(key.default, bool):
+            kind = {"action": "store_true", "default": None}
+        else:
+            kind = {"metavar": placeholder or key.allowed.strip("|")}
+        parser.add_argument(flag, dest=key.name, help=f"{text} [{key.name}]", **kind)
+
+
 def parse(
     argv: Sequence[str] | None = None, description: str = "", *, evaluation: bool = False
 ) -> tuple[argparse.Namespace, CfgNode]:
     """Read the command line and the configuration that it names.
 
-    A fault of either ends the program with status 2 and a readable message.
+    An error in either ends the program with status 2 and a readable message, ``--print-config`` with status 0.
 
     Args:
         argv: the words after the program's name; None takes those of this process.
@@ -138,14 +100,16 @@ def parse(
     """
     parser = build_parser(description)
     args = parser.parse_args(argv)
-    given = {flag.key: getattr(args, flag.dest) for flag in FLAGS}
-    overrides = {key: value for key, value in given.items() if value is not None}
+    overrides = {name: value for name, value in vars(args).items() if name in KEYS and value is not None}
     if evaluation:
         overrides["EVAL_MODE"] = True
     try:
-        for key in args.allow_change:
-            require_known_key(key)
-        config = load_config(args.cfg, args.opts, overrides)
+        for name in args.allow_change:
+            require_known_key(name)
+        config, sources = load_with_sources(args.cfg, args.opts, overrides)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if args.print_config:
+        sys.stdout.write(annotate_config(config, sources))
+        parser.exit()
     return args, config

@@ -4,14 +4,14 @@ A file may name others under ``BASE`` (one path or a list, relative to the file 
 left to right, then the file itself. yacs' own reader is not used, because it runs a ``.py`` file.
 """
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from utils.config.defaults import default_config, sections
+from utils.config.keys import SECTIONS
+from utils.config.suggest import did_you_mean
 
 SUFFIXES = (".yaml", ".yml")
 MAX_DEPTH = 8  # files in one chain of bases
@@ -55,7 +55,7 @@ def text_layer(text: str, label: str, problems: list[str]) -> Layer:
     content = _parse_yaml(text.encode(), label, problems)
     if any(content.pop("BASE", [])):
         problems.append(f"{label}: BASE is not possible here, this config has no folder")
-    return Layer(label, _flatten(content, set(sections(default_config()))))
+    return Layer(label, _flatten(content))
 
 
 def _read_chain(chain: tuple[Path, ...], folders: list[Path], layers: list[Layer], problems: list[str]) -> None:
@@ -73,11 +73,11 @@ def _read_chain(chain: tuple[Path, ...], folders: list[Path], layers: list[Layer
             _read_chain((*chain, path.parent / base), folders, layers, problems)
     else:
         problems.append(f"{path}: BASE has to be a path or a list of paths")
-    layers.append(Layer(str(path), _flatten(content, set(sections(default_config())))))
+    layers.append(Layer(str(path), _flatten(content)))
 
 
 def _chain_fault(chain: tuple[Path, ...], folders: list[Path]) -> str:
-    """Say why the last file of ``chain`` must not be read, or return an empty text."""
+    """Return why the last file of ``chain`` must not be read, or an empty text."""
     path = chain[-1]
     resolved = path.resolve()
     if path.suffix.lower() not in SUFFIXES:
@@ -96,9 +96,8 @@ def _chain_fault(chain: tuple[Path, ...], folders: list[Path]) -> str:
 def _look_alikes(path: Path) -> str:
     """Return a hint at the config file beside ``path`` whose name is nearest, if any."""
     folder = path.parent
-    names = [p.name for p in folder.iterdir() if p.suffix in SUFFIXES] if folder.is_dir() else []
-    matches = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {folder / matches[0]}?" if matches else ""
+    paths = {p.stem: p for p in folder.iterdir() if p.suffix in SUFFIXES} if folder.is_dir() else {}
+    return did_you_mean(path.stem, paths, show=paths.__getitem__)
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -141,13 +140,13 @@ def _parse_yaml(source: bytes, label: str, problems: list[str]) -> dict[str, Any
     return content
 
 
-def _flatten(content: dict[str, Any], known_sections: set[str], prefix: str = "") -> list[tuple[str, Any]]:
+def _flatten(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Return (dotted key, value) pairs; only known sections are entered, so an alias that nests itself ends."""
     pairs: list[tuple[str, Any]] = []
     for name, value in content.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and key in known_sections:
-            pairs.extend(_flatten(value, known_sections, f"{key}."))
+        if isinstance(value, dict) and key in SECTIONS:
+            pairs.extend(_flatten(value, f"{key}."))
         else:
             pairs.append((key, value))
     return pairs

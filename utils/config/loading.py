@@ -9,26 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
-from utils.config.checks import CHOICES, check_config
-from utils.config.defaults import default_config, flatten, sections, set_key
+from utils.config.checks import check_config
 from utils.config.files import Layer, read_layers, text_layer
-from utils.config.recipe import config_notices, recipe_deviations, recipe_differences
-from utils.config.values import convert, nearest
-
-__all__ = [
-    "config_notices",
-    "default_config",
-    "dump_config",
-    "load_config",
-    "parse_config",
-    "recipe_deviations",
-    "recipe_differences",
-    "require_known_key",
-    "run_folder",
-]
+from utils.config.keys import KEYS, SECTIONS, default_config, set_value
+from utils.config.suggest import did_you_mean
 
 COMMAND_LINE = "the command line"
 AMP_OF_OPT_LEVEL = {"O0": "off", "O1": "fp16", "O2": "fp16"}
@@ -38,14 +24,6 @@ RETIRED_KEYS = {
     "LOCAL_RANK": "the launcher sets it through the environment variable LOCAL_RANK",
     "TRAIN.START_EPOCH": "it follows from the checkpoint given with --resume",
 }
-
-
-class _Dumper(yaml.SafeDumper):
-    """Safe dumper that writes lists on one line."""
-
-    def represent_sequence(self, tag: str, sequence: Sequence[Any], flow_style: bool | None = None) -> yaml.Node:
-        """Represent a list as ``[a, b]``."""
-        return super().represent_sequence(tag, sequence, flow_style=True)
 
 
 def load_config(cfg_file: str | Path, opts: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> CfgNode:
@@ -58,8 +36,15 @@ def load_config(cfg_file: str | Path, opts: Sequence[str] = (), overrides: Mappi
 
     Raises:
         FileNotFoundError: ``cfg_file`` does not exist.
-        ValueError: with all problems of the files, the options and their combination, one a line.
+        ValueError: with all problems of the files, the options and their combination, one per line.
     """
+    return load_with_sources(cfg_file, opts, overrides)[0]
+
+
+def load_with_sources(
+    cfg_file: str | Path, opts: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> tuple[CfgNode, dict[str, str]]:
+    """Do what ``load_config`` does, and also return ``{'SECTION.KEY': source}`` of all keys that a source sets."""
     problems: list[str] = []
     layers = read_layers(cfg_file, problems)
     layers.append(Layer("--opts", _pairs(opts, problems)))
@@ -73,19 +58,14 @@ def parse_config(text: str, name: str, overrides: Mapping[str, Any] | None = Non
     Args:
         text: the YAML text.
         name: where the text comes from, for messages.
-        overrides: ``{'SECTION.KEY': value}`` of higher precedence.
+        overrides: as in ``load_config``.
 
     Raises:
-        ValueError: with all problems, one a line.
+        ValueError: with all problems, one per line.
     """
     problems: list[str] = []
     layers = [text_layer(text, name, problems), Layer(COMMAND_LINE, list((overrides or {}).items()))]
-    return _build(layers, problems, name)
-
-
-def dump_config(config: CfgNode) -> str:
-    """Return the whole configuration as YAML text without bases; reading it again gives an equal configuration."""
-    return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return _build(layers, problems, name)[0]
 
 
 def run_folder(config: CfgNode) -> Path:
@@ -93,17 +73,10 @@ def run_folder(config: CfgNode) -> Path:
     return Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
 
 
-def require_known_key(key: str) -> None:
-    """Raise a ValueError with the nearest known name if ``key`` is not a key of the configuration."""
-    known = flatten(default_config())
-    if key not in known:
-        raise ValueError(f"{key} is not a known key{nearest(key, known)}")
-
-
-def _build(layers: list[Layer], problems: list[str], name: str) -> CfgNode:
-    """Merge the layers into the defaults, check the result and freeze it."""
+def _build(layers: list[Layer], problems: list[str], name: str) -> tuple[CfgNode, dict[str, str]]:
+    """Merge the layers into the defaults, check the result and freeze it; return it with each given key's source."""
     config = default_config()
-    given: dict[str, str] = {}  # key -> the source that set it last, for messages
+    given: dict[str, str] = {}  # key -> the source that set it last
     for layer in layers:
         _merge(config, layer, given, problems)
     _apply_amp_opt_level(config, given, problems)
@@ -114,31 +87,26 @@ def _build(layers: list[Layer], problems: list[str], name: str) -> CfgNode:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ValueError(f"{count} in the configuration of {name}:\n" + "\n".join(f"  - {line}" for line in problems))
     config.freeze()
-    return config
+    return config, given
 
 
 def _merge(config: CfgNode, layer: Layer, given: dict[str, str], problems: list[str]) -> None:
     """Set the layer's values in ``config``, note their source in ``given``, and report what cannot be set."""
-    defaults = flatten(default_config())
-    known_sections = set(sections(config))
-    for key, value in layer.values:
-        if key in defaults:
+    for name, value in layer.values:
+        if name in KEYS:
             try:
-                set_key(config, key, convert(key, value, defaults[key], CHOICES.get(key, ())))
-                given[key] = layer.label
+                set_value(config, name, KEYS[name].read(value))
+                given[name] = layer.label
             except ValueError as error:
-                problems.append(f"{layer.label}: {key}: {error}")
-        elif key in known_sections:
+                problems.append(f"{layer.label}: {name}: {error}")
+        elif name in SECTIONS:
             if value not in ("", None):
-                problems.append(f"{layer.label}: {key} is a section; give its keys, such as {_first_key(key)}")
-        elif key in RETIRED_KEYS:
-            problems.append(f"{layer.label}: {key} is no key here: {RETIRED_KEYS[key]}")
+                first = next(key for key in KEYS if key.startswith(f"{name}."))
+                problems.append(f"{layer.label}: {name} is a section; give its keys, such as {first}")
+        elif name in RETIRED_KEYS:
+            problems.append(f"{layer.label}: {name} is not a key here: {RETIRED_KEYS[name]}")
         else:
-            problems.append(f"{layer.label}: unknown key {key}{nearest(key, defaults)}")
-
-
-def _first_key(section: str) -> str:
-    return next(key for key in flatten(default_config()) if key.startswith(f"{section}."))
+            problems.append(f"{layer.label}: unknown key {name}{did_you_mean(name, KEYS)}")
 
 
 def _pairs(opts: Sequence[str], problems: list[str]) -> list[tuple[str, Any]]:
@@ -157,7 +125,7 @@ def _pairs(opts: Sequence[str], problems: list[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _apply_amp_opt_level(config: CfgNode, given: Mapping[str, str], problems: list[str]) -> None:
+def _apply_amp_opt_level(config: CfgNode, given: dict[str, str], problems: list[str]) -> None:
     """Translate the published AMP_OPT_LEVEL into TRAIN.AMP, unless both are given and contradict each other."""
     if not config.AMP_OPT_LEVEL:
         return
@@ -169,10 +137,4 @@ def _apply_amp_opt_level(config: CfgNode, given: Mapping[str, str], problems: li
         )
         return
     config.TRAIN.AMP = wanted
-
-
-def _plain(value: Any) -> Any:
-    """Return sections as dicts and tuples as lists, for YAML."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    given.setdefault("TRAIN.AMP", f"AMP_OPT_LEVEL from {given['AMP_OPT_LEVEL']}")

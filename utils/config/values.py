@@ -1,66 +1,51 @@
-"""From text to values: the type of a key's default says how its text is read, and a wrong name gets the nearest one.
+"""From text to values: the type of a key's default says how its text is read.
 
 YAML and the command line go through the same rules. YAML's own guesses are not used, because they surprise: ``off``
 would be False, ``1e-4`` text, ``2024-01-01`` a date.
 """
 
-import difflib
 import os
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from utils.config.suggest import did_you_mean
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 NULL = ("", "null", "~", "none")
-OPTIONAL_PAIRS = ("AUG.CUTMIX_MINMAX",)  # their default is None, so it does not tell the type
 
 
-def convert(key: str, value: Any, default: Any, choices: Sequence[str] = ()) -> Any:
+def convert(value: Any, default: Any, choices: Sequence[str] = ()) -> Any:
     """Return ``value`` as the type of ``default``.
 
     Args:
-        key: dotted name of the key.
         value: text, a list of texts, or a value of the right type.
-        default: the key's default value.
-        choices: known values of a text key; upper and lower case do not matter, the spelling here is returned.
+        default: a value of the type that is wanted.
+        choices: known values of a text; upper and lower case do not matter, the spelling here is returned.
 
     Raises:
         ValueError: with the reason alone, for example "'ten' is not a whole number".
     """
     if isinstance(default, bool):
         return _to_bool(value)
-    if isinstance(default, int):
-        return _to_int(value)
-    if isinstance(default, float):
-        return _to_float(value)
+    if isinstance(default, (int, float)):
+        return _to_number(value, type(default))
     if isinstance(default, str):
         return _to_choice(_to_text(value), choices)
-    if default is None:
-        assert key in OPTIONAL_PAIRS, f"the type of {key} is not known"
-        is_null = value is None or (isinstance(value, str) and value.strip().lower() in NULL)
-        return None if is_null else _to_numbers(value, (0.0, 0.0))
     return _to_numbers(value, default)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean X?"`` for the nearest known dotted name, or an empty text where none is near."""
-    known = list(known)
-    by_upper = {k.upper(): k for k in known}
-    same_leaf = [k for k in known if k.rsplit(".", 1)[-1].upper() == name.rsplit(".", 1)[-1].upper()]
-    matches = (
-        [by_upper[name.upper()]]
-        if name.upper() in by_upper
-        else same_leaf[:2]
-        or [by_upper[m] for m in difflib.get_close_matches(name.upper(), by_upper, n=1, cutoff=0.7)]
-        or _near_leaf(name, known)
-    )
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+def is_null(value: Any) -> bool:
+    """Return whether ``value`` is None or a text that stands for it."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in NULL)
 
 
-def _near_leaf(name: str, known: list[str]) -> list[str]:
-    leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}  # the first of several wins
-    found = difflib.get_close_matches(name.rsplit(".", 1)[-1].upper(), leaves, n=1, cutoff=0.7)
-    return [leaves[m] for m in found]
+def in_interval(number: float, interval: str) -> bool:
+    """Return whether ``number`` lies in an interval such as ``[0, 1)``; NaN lies in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    return above and below
 
 
 def _to_bool(value: Any) -> bool:
@@ -71,26 +56,15 @@ def _to_bool(value: Any) -> bool:
     raise ValueError(f"{reprlib.repr(value)} is not true or false")
 
 
-def _to_int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
+def _to_number(value: Any, kind: type[int] | type[float]) -> float:
+    if isinstance(value, (int, kind)) and not isinstance(value, bool):
+        return kind(value)
     try:
         if isinstance(value, str):
-            return int(value)
+            return kind(value)
     except ValueError:
         pass  # the message below says what was expected
-    raise ValueError(f"{reprlib.repr(value)} is not a whole number")
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    try:
-        if isinstance(value, str):
-            return float(value)
-    except ValueError:
-        pass  # the message below says what was expected
-    raise ValueError(f"{reprlib.repr(value)} is not a number")
+    raise ValueError(f"{reprlib.repr(value)} is not a {'whole number' if kind is int else 'number'}")
 
 
 def _to_text(value: Any) -> str:
@@ -107,7 +81,7 @@ def _to_choice(text: str, choices: Sequence[str]) -> str:
     if text.lower() in by_lower:
         return by_lower[text.lower()]
     known = ", ".join(choice or "''" for choice in choices)
-    raise ValueError(f"{reprlib.repr(text)} is unknown; known: {known}{nearest(text, filter(None, choices))}")
+    raise ValueError(f"{reprlib.repr(text)} is unknown; known: {known}{did_you_mean(text, filter(None, choices))}")
 
 
 def _to_numbers(value: Any, default: Sequence[Any]) -> Sequence[Any]:
@@ -118,4 +92,4 @@ def _to_numbers(value: Any, default: Sequence[Any]) -> Sequence[Any]:
         raise ValueError(f"{reprlib.repr(value)} is not a list of {len(default)} numbers")
     if len(value) != len(default):
         raise ValueError(f"{reprlib.repr(value)} has {len(value)} entries instead of {len(default)}")
-    return type(default)(convert("", item, like) for item, like in zip(value, default, strict=True))
+    return type(default)(convert(item, like) for item, like in zip(value, default, strict=True))

@@ -1,0 +1,283 @@
+"""All keys of the configuration, one row per key. Everything else about a key is derived from its row.
+
+The rows give the default tree, the types, the allowed values, the flags of the command line with ``--help``, the keys
+that have no effect, the deviations from the published recipe, and docs/CONFIG.md. To add a key, add a row and write
+the page again: ``python -m utils.config.reference > docs/CONFIG.md``.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+from yacs.config import CfgNode
+
+from utils.config.facts import DATASETS, mixes
+from utils.config.suggest import did_you_mean
+from utils.config.values import convert, in_interval, is_null
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A condition under which a key has no effect, in words and as a function of the configuration."""
+
+    reason: str
+    applies: Callable[[CfgNode], bool]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the configuration.
+
+    Attributes:
+        name: dotted name.
+        default: the published value; where ``ours``, the value that keeps the published behaviour.
+        help: what it means.
+        allowed: for text, the known names, separated by ``|``. For numbers, an interval for each of them; ``[`` and
+            ``]`` include the end, ``(`` and ``)`` exclude it. Empty: any value of the default's type.
+        affects: ``"weights"``: can change the trained weights. ``"result"``: changes the reported accuracy, but may
+            differ when a run is resumed. ``"nothing"``: a place, a name, or how often something is saved or logged.
+        idle_when: when the key has no effect.
+        flag: its flag on the command line and the placeholder of the value, such as ``--seed N``. Without a
+            placeholder, the flag sets a switch to True, or takes one of the known names.
+        ours: the key is not in the published code.
+        like: for a default of None, a value of the other type that the key takes.
+    """
+
+    name: str
+    default: Any
+    help: str
+    allowed: str = ""
+    affects: Literal["weights", "result", "nothing"] = "weights"
+    idle_when: Idle | None = None
+    flag: str = ""
+    ours: bool = False
+    like: Any = None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The known values of a text key; empty where any text is allowed."""
+        return tuple(self.allowed.split("|")) if self.allowed and isinstance(self.default, str) else ()
+
+    def read(self, value: Any) -> Any:
+        """Return ``value`` (text, a list of texts, or a value of the right type) as the type of this key.
+
+        Raises:
+            ValueError: with the reason alone, for example "'ten' is not a whole number".
+        """
+        if self.default is None and is_null(value):
+            return None
+        return convert(value, self.like if self.default is None else self.default, self.choices)
+
+    def in_range(self, value: Any) -> bool:
+        """Return whether a number, or each number of a list, lies in the interval of this key."""
+        if self.choices or not self.allowed or value is None:
+            return True
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        return all(in_interval(number, self.allowed) for number in numbers)
+
+    def idle(self, config: CfgNode) -> bool:
+        """Return whether this key has no effect in ``config``."""
+        return self.idle_when is not None and self.idle_when.applies(config)
+
+
+def value_of(config: CfgNode, name: str) -> Any:
+    """Return the value of the key with a dotted name."""
+    return reduce(getattr, name.split("."), config)
+
+
+def when(name: str, value: Any) -> Idle:
+    """Return the condition that a key has a value."""
+    return Idle(f"{name} is {value}", lambda config: value_of(config, name) == value)
+
+
+def unless(name: str, value: Any) -> Idle:
+    """Return the condition that a key has another value."""
+    return Idle(f"{name} is not {value}", lambda config: value_of(config, name) != value)
+
+
+NO_PATCH_NORM = Idle("the network has no norm after the patch embedding, as published", lambda config: True)
+AUTO_AUGMENT_ON = Idle("AUG.AUTO_AUGMENT takes its place", lambda config: config.AUG.AUTO_AUGMENT not in ("", "none"))
+MIXING_OFF = Idle("mixup and cutmix are off", lambda config: not mixes(config))
+TIMM = when("MODEL.TYPE", "timm")
+
+# A table: each row is one line, or two where it is long.
+# fmt: off
+_ROWS = (
+    Key("DATA.BATCH_SIZE", 64, "images per process and forward pass", "[1, inf)", flag="--batch-size N"),
+    Key("DATA.DATA_PATH", "", "folder of the data set: with train/ and val/, or where the CIFAR files are",
+        affects="nothing", flag="--data-path DIR"),
+    Key("DATA.DATASET", "imagenet", "name of the data set", "|".join(DATASETS), flag="--dataset NAME"),
+    Key("DATA.IMG_SIZE", 224, "side of the square input, pixels", "[1, inf)"),
+    Key("DATA.INTERPOLATION", "bicubic", "filter that scales images", "bicubic|bilinear|lanczos|nearest"),
+    Key("DATA.ZIP_MODE", False, "read train.zip and val.zip instead of folders", affects="nothing", flag="--zip"),
+    Key("DATA.CACHE_MODE", "part", "images of the archives kept in memory: none, the share of this process, or all",
+        "no|part|full", affects="nothing", idle_when=when("DATA.ZIP_MODE", False), flag="--cache-mode"),
+    Key("DATA.PIN_MEMORY", True, "page-locked batches, for faster copies to the GPU", affects="nothing"),
+    Key("DATA.NUM_WORKERS", -1, "loader processes per process; -1 = its share of the usable cores (published: 8)",
+        "[-1, inf)", affects="nothing", flag="--num-workers N"),
+    Key("DATA.DOWNLOAD", True, "fetch CIFAR-10/100 if DATA.DATA_PATH does not hold it", affects="nothing", ours=True),
+    Key("DATA.PIPELINE", "fast", "fast: uint8 batches, finished on the device; reference: float batches as published",
+        "fast|reference", ours=True),
+    Key("DATA.FAST_RESIZE", False, "scale with torch instead of Pillow: faster, pixels differ slightly", ours=True),
+    Key("DATA.VAL_CACHE", "", "folder for the preprocessed validation images; empty = off",
+        affects="nothing", ours=True),
+    Key("DATA.CACHE_DECODED", "off", "ram: keep decoded uint8 images in memory (small data sets)",
+        "off|ram", affects="nothing", ours=True),
+    Key("DATA.BAD_IMAGES", "error", "an unreadable training image: error = stop; skip = replace and count it",
+        "error|skip", ours=True),
+    Key("DATA.LOADER_TIMEOUT", 600, "seconds to wait for one batch before giving up; 0 = no limit",
+        "[0, inf)", affects="nothing", ours=True),
+
+    Key("MODEL.TYPE", "strip_mlp_layer", "strip_mlp_layer, or timm to train the baseline MODEL.TIMM_NAME",
+        "strip_mlp_layer|timm"),
+    Key("MODEL.NAME", "strip_mlp", "name of the config, part of the output folder", affects="nothing"),
+    Key("MODEL.TIMM_NAME", "", "model name in timm, for MODEL.TYPE timm",
+        idle_when=unless("MODEL.TYPE", "timm"), ours=True),
+    Key("MODEL.PRETRAINED", "", "checkpoint whose weights start the training",
+        affects="result", flag="--pretrained FILE"),
+    Key("MODEL.RESUME", "", "checkpoint to continue from, or to evaluate", affects="nothing", flag="--resume FILE"),
+    Key("MODEL.NUM_CLASSES", 1000, "classes of the head", "[1, inf)"),
+    Key("MODEL.DROP", False, "switch of MODEL.DROP_RATE"),
+    Key("MODEL.DROP_RATE", 0.2, "dropout before the head, probability", "[0, 1)", idle_when=when("MODEL.DROP", False)),
+    Key("MODEL.DROP_PATH_RATE", 0.1, "stochastic depth, probability of dropping a residual branch", "[0, 1)"),
+    Key("MODEL.DROP_PATH_SCHEDULE", "constant", "the same rate in each block, or linear from 0",
+        "constant|linear", idle_when=TIMM, ours=True),
+    Key("MODEL.ALPHA", 3, "width of the channel mixing's hidden layer, in multiples of its input",
+        "[1, inf)", idle_when=TIMM),
+    Key("MODEL.PATCH_NORM", True, "accepted because published config files hold it",
+        affects="nothing", idle_when=NO_PATCH_NORM),
+    Key("MODEL.LABEL_SMOOTHING", 0.1, "probability mass spread over all classes", "[0, 1)"),
+    Key("MODEL.STRIP_MLP.PATCH_SIZE", 4, "side of a patch of the stem, pixels", "[1, inf)", idle_when=TIMM),
+    Key("MODEL.STRIP_MLP.IN_CHANS", 3, "channels of the input image", "[1, inf)"),
+    Key("MODEL.STRIP_MLP.EMBED_DIM", 80, "channels of stage 1; each further stage doubles them",
+        "[1, inf)", idle_when=TIMM),
+    Key("MODEL.STRIP_MLP.LAYERS", [2, 2, 6, 2], "blocks of the four stages", "[1, inf)", idle_when=TIMM),
+    Key("MODEL.STRIP_MLP.NUM_PATCHES", 0, "channel patches of the strip layer; 0 = published rule",
+        "[0, inf)", idle_when=TIMM, ours=True),
+
+    Key("TRAIN.EPOCHS", 300, "passes over the training set", "[1, inf)", flag="--epochs N"),
+    Key("TRAIN.WARMUP_EPOCHS", 20, "epochs in which the rate rises linearly from TRAIN.WARMUP_LR", "[0, inf)"),
+    Key("TRAIN.WEIGHT_DECAY", 0.05, "decoupled decay; none on biases and one-dimensional parameters", "[0, inf)"),
+    Key("TRAIN.BASE_LR", 5e-4, "learning rate at the end of warm-up", "(0, inf)"),
+    Key("TRAIN.WARMUP_LR", 5e-7, "learning rate of the first update",
+        "[0, inf)", idle_when=when("TRAIN.WARMUP_EPOCHS", 0)),
+    Key("TRAIN.MIN_LR", 5e-6, "learning rate at the end of the cosine",
+        "[0, inf)", idle_when=unless("TRAIN.LR_SCHEDULER.NAME", "cosine")),
+    Key("TRAIN.CLIP_GRAD", 5.0, "largest norm of the gradient; 0 = no clipping", "[0, inf)"),
+    Key("TRAIN.AUTO_RESUME", True, "continue from the last good checkpoint of the output folder", affects="nothing"),
+    Key("TRAIN.ACCUMULATION_STEPS", 0, "forward passes per update; 0 and 1 = no accumulation",
+        "[0, inf)", flag="--accumulation-steps N"),
+    Key("TRAIN.USE_CHECKPOINT", False, "recompute activations in the backward pass: less memory, more time",
+        affects="nothing", flag="--use-checkpoint"),
+    Key("TRAIN.LR_SCHEDULER.NAME", "cosine", "shape of the decay", "cosine|linear|step"),
+    Key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30, "epochs between two steps of the step schedule",
+        "[1, inf)", idle_when=unless("TRAIN.LR_SCHEDULER.NAME", "step")),
+    Key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, "factor of one step",
+        "(0, 1]", idle_when=unless("TRAIN.LR_SCHEDULER.NAME", "step")),
+    Key("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", False, "count the decay from the end of warm-up, as linear always does",
+        idle_when=when("TRAIN.LR_SCHEDULER.NAME", "linear"), ours=True),
+    Key("TRAIN.OPTIMIZER.NAME", "adamw", "adamw, or sgd with Nesterov momentum", "adamw|sgd"),
+    Key("TRAIN.OPTIMIZER.EPS", 1e-8, "epsilon of AdamW", "(0, inf)", idle_when=when("TRAIN.OPTIMIZER.NAME", "sgd")),
+    Key("TRAIN.OPTIMIZER.BETAS", (0.9, 0.999), "AdamW's decay of the two moments",
+        "[0, 1)", idle_when=when("TRAIN.OPTIMIZER.NAME", "sgd")),
+    Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, "momentum of SGD", "[0, 1)", idle_when=when("TRAIN.OPTIMIZER.NAME", "adamw")),
+    Key("TRAIN.LR_SCALING", "none", "multiply the three rates by (images per update / 512), or by its square root",
+        "none|linear|sqrt", ours=True),
+    Key("TRAIN.AMP", "off", "mixed precision", "off|bf16|fp16", flag="--amp", ours=True),
+    Key("TRAIN.EMA_DECAY", 0.0, "decay of the moving average of the weights, per update; 0 = no average",
+        "[0, 1)", ours=True),
+    Key("TRAIN.EMA_WARMUP", True, "let the decay of the average rise slowly at the start",
+        idle_when=when("TRAIN.EMA_DECAY", 0), ours=True),
+    Key("TRAIN.SYNC_BN", False, "batch statistics over all processes", ours=True),
+    Key("TRAIN.COMPILE", False, "torch.compile", ours=True),
+    Key("TRAIN.TF32", False, "TF32 products on NVIDIA GPUs; False = full float32", ours=True),
+    Key("TRAIN.SAVE_STEPS", 0, "updates between two saves within an epoch; 0 = none",
+        "[0, inf)", affects="nothing", ours=True),
+    Key("TRAIN.SAVE_MINUTES", 0.0, "minutes between two saves within an epoch; 0 = none",
+        "[0, inf)", affects="nothing", ours=True),
+    Key("TRAIN.SAVE_KEEP", 2, "newest resumable checkpoints to keep, besides best and milestones",
+        "[2, inf)", affects="nothing", ours=True),  # with one file, a fault while it is replaced would lose the run
+    Key("TRAIN.MAX_RUN_MINUTES", 0.0, "save and stop after this many minutes; 0 = no limit",
+        "[0, inf)", affects="nothing", ours=True),
+    Key("TRAIN.MAX_NONFINITE", 20, "non-finite updates in a row that stop the run",
+        "[1, inf)", affects="nothing", ours=True),
+    Key("TRAIN.DIST_TIMEOUT", 1800, "seconds to wait for the other processes before giving up",
+        "[1, inf)", affects="nothing", ours=True),
+
+    Key("AUG.COLOR_JITTER", 0.4, "strength of colour jitter", "[0, inf)", idle_when=AUTO_AUGMENT_ON),
+    Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "timm's policy string; empty or none = off"),
+    Key("AUG.REPROB", 0.25, "probability of random erasing", "[0, 1]"),
+    Key("AUG.REMODE", "pixel", "content of an erased rectangle: the mean colour, one random colour, random pixels",
+        "const|rand|pixel", idle_when=when("AUG.REPROB", 0)),
+    Key("AUG.RECOUNT", 1, "largest number of rectangles per erased image", "[1, inf)", idle_when=when("AUG.REPROB", 0)),
+    Key("AUG.MIXUP", 0.8, "alpha of mixup's Beta distribution; 0 = off", "[0, inf)"),
+    Key("AUG.CUTMIX", 1.0, "alpha of cutmix's Beta distribution; 0 = off", "[0, inf)"),
+    Key("AUG.CUTMIX_MINMAX", None, "least and largest side of the cutmix rectangle, as a share of the image; or None",
+        "(0, 1]", like=(0.0, 0.0)),
+    Key("AUG.MIXUP_PROB", 1.0, "probability of mixing a batch at all", "[0, 1]", idle_when=MIXING_OFF),
+    Key("AUG.MIXUP_SWITCH_PROB", 0.5, "probability of cutmix rather than mixup where both are on",
+        "[0, 1]", idle_when=MIXING_OFF),
+    Key("AUG.MIXUP_MODE", "batch", "images that share one mixing ratio: a batch, a pair, or none",
+        "batch|pair|elem", idle_when=MIXING_OFF),
+    # timm's own values, which the published run used
+    Key("AUG.HFLIP", 0.5, "probability of mirroring left and right", "[0, 1]", ours=True),
+    Key("AUG.SCALE", (0.08, 1.0), "least and largest share of the image's area that the training crop covers",
+        "(0, 1]", ours=True),
+    Key("AUG.RATIO", (0.75, 1.3333333333333333), "least and largest width / height of the training crop",
+        "(0, inf)", ours=True),
+
+    Key("TEST.CROP", True, "evaluate the centre crop of images scaled to 256/224 of DATA.IMG_SIZE; False = scale only",
+        affects="result"),
+    Key("TEST.BATCH_SIZE", 0, "images per process when evaluating; 0 = DATA.BATCH_SIZE",
+        "[0, inf)", affects="nothing", ours=True),
+    Key("TEST.INTERVAL", 1, "epochs between two evaluations; the last epoch is always evaluated",
+        "[1, inf)", affects="nothing", ours=True),
+
+    Key("AMP_OPT_LEVEL", "", "published name of the precision: O0 = off, O1 and O2 = fp16; prefer --amp (TRAIN.AMP)",
+        "|O0|O1|O2", affects="nothing", flag="--amp-opt-level"),
+    Key("OUTPUT", "", "parent folder of all runs (empty = output); a run writes to OUTPUT/MODEL.NAME/TAG",
+        affects="nothing", flag="--output DIR"),
+    Key("TAG", "default", "name of this run's folder, to keep runs of one config apart",
+        affects="nothing", flag="--tag NAME"),
+    Key("SAVE_FREQ", 20, "epochs between two checkpoints that are kept for good (ckpt_epoch_N.pth)",
+        "[1, inf)", affects="nothing"),
+    Key("PRINT_FREQ", 100, "updates between two log lines", "[1, inf)", affects="nothing"),
+    Key("SEED", 0, "seed of the initial weights, of the order of the data and of the augmentation",
+        "[0, 2147483648)", flag="--seed N"),
+    Key("EVAL_MODE", False, "evaluate the checkpoint given with --resume, then stop", affects="nothing", flag="--eval"),
+    Key("THROUGHPUT_MODE", False, "measure the model's images per second, then stop",
+        affects="nothing", flag="--throughput"),
+)
+# fmt: on
+
+KEYS = {row.name: row for row in _ROWS}  # in the order of the tree
+SECTIONS = frozenset(name[:i] for name in KEYS for i, sign in enumerate(name) if sign == ".")
+
+
+def default_config() -> CfgNode:
+    """Return a new tree of all keys with their default values."""
+    config = CfgNode()
+    for key in KEYS.values():
+        set_value(config, key.name, copy.copy(key.default))
+    return config
+
+
+def flatten(config: CfgNode) -> dict[str, Any]:
+    """Return ``{'SECTION.KEY': value}`` of all keys, in the order of the tree."""
+    return {name: value_of(config, name) for name in KEYS}
+
+
+def set_value(config: CfgNode, name: str, value: Any) -> None:
+    """Set the key with a dotted name in a tree that is not frozen."""
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, CfgNode())
+    config[leaf] = value
+
+
+def require_known_key(name: str) -> None:
+    """Raise a ValueError with the nearest known name if ``name`` is not a key of the configuration."""
+    if name not in KEYS:
+        raise ValueError(f"{name} is not a known key{did_you_mean(name, KEYS)}")
