@@ -125,19 +125,19 @@ def loader_table(configs: dict[str, CfgNode], *, train: bool, rounds: int, devic
         ("images/s per core", "images_per_second_core"),
         ("min - max", "range"),
         (f"x {first}", "ratio"),
-        ("images/s", "images_per_second"),
-        (f"x {first}", "wall_ratio"),
-        (f"{device.type} ms per image", "transform_ms"),
+        ("wall: images/s", "images_per_second"),
+        (f"wall: x {first}", "wall_ratio"),
+        ("batch: ms per image", "transform_ms"),
     ]
-    return Table(_title(pipelines[first].loader, configs[first], train=train, rounds=rounds), columns, rows)
+    return Table(_title(pipelines[first].loader, configs[first], device, train=train, rounds=rounds), columns, rows)
 
 
-def _title(loader: Any, config: CfgNode, *, train: bool, rounds: int) -> str:
+def _title(loader: Any, config: CfgNode, device: torch.device, *, train: bool, rounds: int) -> str:
     data = config.DATA
     return (
         f"{'training' if train else 'evaluation'} loader, {len(loader.dataset)} images, batch {data.BATCH_SIZE}, "
-        f"{data.IMG_SIZE} pixels, {data.NUM_WORKERS} worker(s), {rounds} epochs in turns; per core: by CPU time, "
-        "then wall time, then the transform on the device"
+        f"{data.IMG_SIZE} pixels, {data.NUM_WORKERS} worker(s), {rounds} epochs in turns; per core: by CPU time; "
+        f"batch: the transform on the {device}"
     )
 
 
