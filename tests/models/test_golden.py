@@ -21,7 +21,7 @@ from tests.golden.load import (
     training_step,
     variants,
 )
-from tests.reference_model import ReferenceStripMLP
+from tools.bench.reference import ReferenceStripMLP
 
 PUBLISHED = ("tiny_light", "tiny", "small", "base")
 TRAINED = ("nano32", "nano80", "tiny_light")

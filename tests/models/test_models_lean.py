@@ -17,7 +17,7 @@ from models.fast import linear_chain
 from models.fast.depthwise import DepthwiseConv2d
 from models.layers import GRN, PointwiseLinear
 from tests.golden.load import golden_model, images, soft_cross_entropy, training_step
-from tests.reference_model import ReferenceStripMLP
+from tools.bench.reference import ReferenceStripMLP
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:

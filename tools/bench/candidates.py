@@ -1,4 +1,4 @@
-"""What the benchmark compares: networks by name, in a form and a precision, as something that can be run and timed."""
+"""What the benchmark compares: a network by name, in a form and a precision, ready to run."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,45 +10,38 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import models  # noqa: F401  registers strip_mlp_* with timm
-from tests.reference_model import ReferenceStripMLP
+import models  # also registers strip_mlp_* with timm
+from tools.bench.reference import VARIANTS, ReferenceStripMLP
 from utils.training import compile_model
 
-FORMS = ("eager", "compiled", "graphed", "inference", "inference-compiled", "inference-graphed")
+FORMS = ("default", "plain", "compiled", "graphed", "inference", "inference-compiled", "inference-graphed")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-# (embed_dim, depths) of the variants, for the plain formulation
-_SIZES = {
-    "tiny_light": (80, (2, 2, 6, 2)),
-    "tiny": (80, (2, 2, 12, 2)),
-    "small": (96, (2, 2, 18, 2)),
-    "base": (112, (2, 2, 18, 2)),
-}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One contestant.
+    """A network to measure.
 
     Attributes:
-        name: a timm model (``strip_mlp_tiny``, ``resnet50``, ...), or ``reference`` / ``reference_base`` / ...: the
-            plain formulation of the published description (``tests/reference_model.py``).
-        form: ``eager``; ``compiled``; ``graphed``, compiled as a whole into a CUDA graph; ``inference``, what
-            ``to_inference()`` gives, or that compiled or graphed.
-        precision: ``fp32``, ``tf32`` (GPU), ``bf16`` or ``fp16`` autocast.
+        name: a timm model (``strip_mlp_tiny``, ``resnet50``, ...), or ``reference``, ``reference_base``, ...: the plain
+            published formulation (``tools/bench/reference.py``).
+        form: ``default``, as ``main.py`` trains it on this device; ``plain``, without ``models.fast``; ``compiled``;
+            ``graphed``, compiled as a whole into a CUDA graph; ``inference``, the result of ``to_inference()``, as it
+            is, compiled or graphed.
+        precision: ``fp32``, ``tf32`` (GPU only), or ``bf16`` or ``fp16`` autocast.
     """
 
     name: str
-    form: str = "eager"
+    form: str = "default"
     precision: str = "fp32"
 
     @classmethod
     def parse(cls, text: str, *, precision: str = "fp32") -> "Candidate":
-        """Read ``NAME[:FORM][:PRECISION]``.
+        """Return the candidate that ``NAME[:FORM][:PRECISION]`` describes.
 
         Raises:
-            ValueError: a part is unknown; says which.
+            ValueError: a part is unknown.
         """
         name, *words = text.split(":")
         found = cls(name, precision=precision)
@@ -59,17 +52,22 @@ class Candidate:
                     f"({', '.join(PRECISIONS)})"
                 )
             found = replace(found, **{"form" if word in FORMS else "precision": word})
-        if not is_reference(name) and not timm.is_model(name):
+        if not found.is_reference and not timm.is_model(name):
             raise ValueError(
-                f"{text!r}: timm {timm.__version__} knows no model {name!r}; ours are "
+                f"{text!r}: timm {timm.__version__} has no model {name!r}; ours are "
                 f"{', '.join(timm.list_models('strip_mlp*'))} and reference"
             )
         return found
 
     @property
+    def is_reference(self) -> bool:
+        """Whether this is the plain published formulation."""
+        return self.name == "reference" or self.name.removeprefix("reference_") in VARIANTS
+
+    @property
     def label(self) -> str:
-        """Name, with form and precision unless they are eager and fp32."""
-        return ":".join([self.name, *(word for word in (self.form, self.precision) if word not in ("eager", "fp32"))])
+        """Name, form and precision, the last two only where they are not ``default`` and ``fp32``."""
+        return ":".join([self.name, *(word for word in (self.form, self.precision) if word not in ("default", "fp32"))])
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,10 @@ class Setting:
     """What all candidates of a table have in common.
 
     Attributes:
-        mode: ``train`` (forward, backward, optimizer) or ``infer`` (forward).
+        mode: ``train`` (one update: forward, backward, optimizer) or ``infer`` (forward).
         batch, img_size: of the random images (batch, 3, img_size, img_size).
-        device: where.
-        channels_last: memory order of images and, for other networks than ours, of the weights.
+        device: where to run.
+        channels_last: memory order of the images and, for other networks than ours, of the weights.
     """
 
     mode: str
@@ -92,52 +90,46 @@ class Setting:
 
 @dataclass(frozen=True)
 class Workload:
-    """A candidate ready to run: each call of ``run`` is one training step or one forward pass on a batch."""
+    """A candidate ready to run: each call of ``run`` is one update, or one forward pass, on a batch."""
 
-    candidate: Candidate
+    network: nn.Module
     run: Callable[[], None]
 
 
-def is_reference(name: str) -> bool:
-    """Whether ``name`` means the plain formulation."""
-    return name == "reference" or name.removeprefix("reference_") in _SIZES
-
-
-def build_network(name: str, img_size: int) -> nn.Module:
-    """The network of a candidate, on the CPU, in training mode; DropPath at each family's own default."""
-    if is_reference(name):
-        embed_dim, depths = _SIZES[name.removeprefix("reference").lstrip("_") or "tiny"]
-        return ReferenceStripMLP(img_size=img_size, embed_dim=embed_dim, depths=depths)
-    known = timm.get_pretrained_cfg(name)
-    return timm.create_model(name, **({"img_size": img_size} if known is not None and known.fixed_input_size else {}))
+def build_network(candidate: Candidate, img_size: int) -> nn.Module:
+    """Return the plain network of a candidate, on the CPU, in training mode, with its family's default DropPath."""
+    if candidate.is_reference:
+        return ReferenceStripMLP(img_size=img_size, **VARIANTS[candidate.name.removeprefix("reference")[1:] or "tiny"])
+    known = timm.get_pretrained_cfg(candidate.name)
+    sized = known is not None and known.fixed_input_size
+    return timm.create_model(candidate.name, **({"img_size": img_size} if sized else {}))
 
 
 def build_workload(candidate: Candidate, setting: Setting) -> Workload:
-    """Build a candidate for a setting.
+    """Return a candidate ready to run in a setting.
 
     Raises:
         ValueError: the form or the precision does not exist there.
     """
-    network = _in_form(build_network(candidate.name, setting.img_size), candidate, setting)
-    _check_precision(candidate.precision, setting.device)
-    order = torch.channels_last if setting.channels_last else torch.contiguous_format
+    if candidate.precision == "tf32" and setting.device.type != "cuda":
+        raise ValueError(f"{candidate.label}: tf32 is a format of NVIDIA GPUs; on the CPU use fp32 or bf16")
+    network = _in_form(build_network(candidate, setting.img_size), candidate, setting)
     images = torch.randn(setting.batch, 3, setting.img_size, setting.img_size, device=setting.device)
-    images = images.contiguous(memory_format=order)
-    prepare = _step if setting.mode == "train" else _forward
-    return Workload(candidate, prepare(network, images, candidate))
+    images = images.contiguous(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
+    prepare = _update if setting.mode == "train" else _forward
+    return Workload(network, prepare(network, images, candidate))
 
 
 def _in_form(network: nn.Module, candidate: Candidate, setting: Setting) -> nn.Module:
-    network = network.to(setting.device)
-    network.train(setting.mode == "train")
+    network = network.to(setting.device).train(setting.mode == "train")
     if setting.channels_last:
         network = network.to(memory_format=torch.channels_last)
+    if candidate.form != "plain":
+        models.accelerate(network, setting.device)
     if candidate.form.startswith("inference"):
         if setting.mode == "train" or not hasattr(network, "to_inference"):
-            raise ValueError(
-                f"{candidate.label}: the form 'inference' is for inference with a network that has to_inference()"
-            )
-        network = network.eval().to_inference()
+            raise ValueError(f"{candidate.label}: only Strip-MLP has an inference form, and only for --mode infer")
+        network = network.to_inference()
     if candidate.form.endswith("compiled"):
         compile_model(network)
     elif candidate.form.endswith("graphed"):
@@ -145,13 +137,8 @@ def _in_form(network: nn.Module, candidate: Candidate, setting: Setting) -> nn.M
     return network
 
 
-def _check_precision(precision: str, device: torch.device) -> None:
-    if precision == "tf32" and device.type != "cuda":
-        raise ValueError("tf32 is a format of NVIDIA GPUs; on the CPU take fp32 or bf16")
-
-
 def _numerics(precision: str, device: torch.device) -> AbstractContextManager:
-    """Set the GPU's treatment of float32 and return the autocast context."""
+    """Set how a GPU multiplies float32 numbers; return the autocast context."""
     if device.type == "cuda":
         mode = "tf32" if precision == "tf32" else "ieee"
         torch.backends.cuda.matmul.fp32_precision = mode
@@ -161,12 +148,10 @@ def _numerics(precision: str, device: torch.device) -> AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _step(network: nn.Module, images: torch.Tensor, candidate: Candidate) -> Callable[[], None]:
-    """A training step: cross-entropy and AdamW, fused except for the plain formulation, which is as published."""
+def _update(network: nn.Module, images: torch.Tensor, candidate: Candidate) -> Callable[[], None]:
+    """Return an update with cross-entropy and AdamW, fused except for the published formulation, as published."""
     device = images.device
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=1e-4, weight_decay=0.05, fused=not is_reference(candidate.name)
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05, fused=not candidate.is_reference)
     scaler = torch.amp.GradScaler(device.type, enabled=candidate.precision == "fp16")
     targets = torch.arange(len(images), device=device) % 10
 

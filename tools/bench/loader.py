@@ -1,9 +1,10 @@
-"""Tables of loader speed: the pipelines against each other on the same images, and where the time of each goes."""
+"""Compare data pipelines on the same images, and show where the time of each goes."""
 
 import multiprocessing
+import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,52 @@ from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
 from data import build_batch_transform, build_dataset, build_train_loader, build_val_loader, collate
-from tools.bench.report import Table
-from tools.bench.timing import Spread, paired_ratio
+from tools.bench.report import ROOT, Report, Table
+from tools.bench.timing import Spread, paired_ratio, turns
 from utils.config import load_config
 from utils.runtime import seeded_streams
 
-CONFIG = Path("configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml")  # the published recipe
+CONFIG = ROOT / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"  # the published recipe
 
-# What differs from the default pipeline, by name; the first is what the others are compared with.
-TRAIN = {
+# What differs from the default pipeline, by name; the others are compared with the first.
+_PIPELINES = {
     "reference": {"DATA.PIPELINE": "reference"},
     "fast (default)": {},
     "fast, FAST_RESIZE": {"DATA.FAST_RESIZE": True},
-    "fast, CACHE_DECODED": {"DATA.CACHE_DECODED": "ram"},
-}
-EVAL = {
-    "reference": {"DATA.PIPELINE": "reference"},
-    "fast (default)": {},
-    "fast, FAST_RESIZE": {"DATA.FAST_RESIZE": True},
-    "fast, VAL_CACHE": {"DATA.VAL_CACHE": "{folder}"},
 }
 
 
-def pipeline_configs(
-    data_path: str, *, train: bool, batch: int, workers: int, folder: Path, cfg: Path = CONFIG
-) -> dict[str, CfgNode]:
-    """The config of each pipeline, by name; ``folder`` takes the validation cache."""
-    common = {"DATA.DATA_PATH": data_path, "DATA.BATCH_SIZE": batch, "DATA.NUM_WORKERS": workers}
-    configs = {}
-    for name, keys in (TRAIN if train else EVAL).items():
-        keys = {key: str(folder) if value == "{folder}" else value for key, value in keys.items()}
-        configs[name] = load_config(cfg, overrides={**common, **keys})
-    return configs
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.set_defaults(threads=1)
+    parser.add_argument("--data-path", default="", metavar="DIR", help="image folder with train/ and val/")
+    parser.add_argument("--cfg", type=Path, default=CONFIG, metavar="FILE", help="config (default: tiny on ImageNet)")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="default: 32")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="loader processes (default: 0, all in this one)"
+    )
+    parser.add_argument(
+        "--images", type=int, default=200, metavar="N", help="images for the times of the stages (default: 200)"
+    )
+
+
+def run(args: Namespace, report: Report) -> None:
+    """Report the pipelines' speed and the times of their stages, in training and evaluation."""
+    common = {"DATA.DATA_PATH": args.data_path, "DATA.BATCH_SIZE": args.batch, "DATA.NUM_WORKERS": args.workers}
+    with tempfile.TemporaryDirectory() as folder:
+        for train in (True, False):
+            cached = {"fast, CACHE_DECODED": {"DATA.CACHE_DECODED": "ram"}}
+            cached = cached if train else {"fast, VAL_CACHE": {"DATA.VAL_CACHE": folder}}
+            configs = {
+                name: load_config(args.cfg, overrides={**common, **keys})
+                for name, keys in {**_PIPELINES, **cached}.items()
+            }
+            report.add(loader_table(configs, train=train, rounds=args.rounds, device=args.device))
+            report.add(stage_table(configs, train=train, images=args.images))
 
 
 class _Pipeline:
-    """A loader that can be run for one epoch after another, and what the device does with its batches."""
+    """A loader that can run one epoch after another, and the transform that the device applies to its batches."""
 
     def __init__(self, config: CfgNode, *, train: bool, device: torch.device) -> None:
         self.loader = (build_train_loader if train else build_val_loader)(config, device=device)
@@ -55,133 +66,123 @@ class _Pipeline:
         self.train = train
         self.epoch = 0
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The batches of the next epoch."""
+    def run(self) -> tuple[float, float, float]:
+        """Run an epoch; return the (CPU seconds of loading, its wall seconds, seconds of the transform) per image."""
         if self.train:
             self.loader.sampler.set_progress(self.epoch)
-        self.epoch += 1
-        return iter(self.loader)
-
-    def run(self) -> tuple[float, float, float]:
-        """Run one epoch; return (CPU seconds of loader and workers, wall seconds, seconds of transform) an image."""
-        start, images = (_cpu_seconds(), time.perf_counter()), 0
-        transform = [0.0, 0.0]  # CPU and wall seconds
-        for batch in self.batches():
+        images, transform_cpu, transform_wall = 0, 0.0, 0.0
+        start_cpu, start_wall = _cpu_seconds(), time.perf_counter()
+        for batch in self.loader:
             images += len(batch[0])
-            before = time.process_time(), time.perf_counter()
+            before_cpu, before_wall = time.process_time(), time.perf_counter()
             self.transform(*batch, epoch=self.epoch, update=images)
             if self.transform.device.type == "cuda":
                 torch.cuda.synchronize(self.transform.device)
-            transform[0] += time.process_time() - before[0]
-            transform[1] += time.perf_counter() - before[1]
-        cpu, wall = _cpu_seconds() - start[0] - transform[0], time.perf_counter() - start[1] - transform[1]
-        return cpu / images, wall / images, transform[1] / images
+            transform_cpu += time.process_time() - before_cpu
+            transform_wall += time.perf_counter() - before_wall
+        cpu, wall = _cpu_seconds() - start_cpu - transform_cpu, time.perf_counter() - start_wall - transform_wall
+        self.epoch += 1
+        return cpu / images, wall / images, transform_wall / images
 
 
 def _cpu_seconds() -> float:
-    """CPU time of this process and its data workers so far."""
-    workers = (Path(f"/proc/{child.pid}/schedstat") for child in multiprocessing.active_children())
-    return time.process_time() + sum(int(path.read_text().split()[0]) * 1e-9 for path in workers)
+    """Return the CPU time of this process and its living data workers, all threads, so far."""
+    workers = [~child.pid << 3 | 2 for child in multiprocessing.active_children()]  # as clock_getcpuclockid(3) on Linux
+    return time.process_time() + sum(map(time.clock_gettime, workers))
 
 
 def loader_table(configs: dict[str, CfgNode], *, train: bool, rounds: int, device: torch.device) -> Table:
-    """Compare pipelines; every round runs an epoch of each, in turned order, after one for warm-up.
+    """Compare pipelines; in every round each runs an epoch, after one for warm-up.
 
-    CPU time is that of this process and its workers together, without the transform on the device; images/s a core is
-    its inverse.
+    Images/s per core is the inverse of the CPU time of this process and its workers together, without the transform on
+    the device.
     """
     pipelines = {name: _Pipeline(config, train=train, device=device) for name, config in configs.items()}
     times: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    for number in range(rounds + 1):
-        for name in pipelines if number % 2 else reversed(pipelines):
-            times[name].append(pipelines[name].run())
-    rows = []
+    for name in turns(pipelines, rounds + 1):
+        times[name].append(pipelines[name].run())
     first = next(iter(pipelines))
+    base_cpu, base_wall, _ = zip(*times[first][1:], strict=True)
+    rows = []
     for name in pipelines:
         cpu, wall, transform = zip(*times[name][1:], strict=True)
-        base_cpu, base_wall, _ = zip(*times[first][1:], strict=True)
-        spread = Spread.of([1 / t for t in cpu])
+        rate = Spread.of([1 / seconds for seconds in cpu])
         rows.append(
             {
                 "label": name,
-                "images_per_second_core": spread.median,
-                "spread": f"{spread.low:.3g} - {spread.high:.3g}",
-                "ratio": _ratio(cpu, base_cpu),
+                "images_per_second_core": rate.median,
+                "range": rate.range,
+                "ratio": str(paired_ratio(cpu, base_cpu)),
                 "images_per_second": 1 / Spread.of(wall).median,
-                "wall_ratio": _ratio(wall, base_wall),
+                "wall_ratio": str(paired_ratio(wall, base_wall)),
                 "transform_ms": 1000 * Spread.of(transform).median,
                 "cpu_seconds": cpu,
                 "wall_seconds": wall,
             }
         )
-    config = configs[first]
     columns = [
         ("", "label"),
-        ("images/s a core", "images_per_second_core"),
-        ("min - max", "spread"),
+        ("images/s per core", "images_per_second_core"),
+        ("min - max", "range"),
         (f"x {first}", "ratio"),
-        ("images/s", "images_per_second"),
-        (f"x {first}", "wall_ratio"),
-        (f"ms an image on the {device.type}", "transform_ms"),
+        ("wall: images/s", "images_per_second"),
+        (f"wall: x {first}", "wall_ratio"),
+        ("batch: ms per image", "transform_ms"),
     ]
-    count = len(pipelines[first].loader.dataset)
-    title = (
-        f"{'training' if train else 'evaluation'} loader, {count} images, batch {config.DATA.BATCH_SIZE}, "
-        f"{config.DATA.IMG_SIZE} pixels, {config.DATA.NUM_WORKERS} worker(s), {rounds} interleaved epochs; "
-        "a core: CPU time; then wall time"
+    return Table(_title(pipelines[first].loader, configs[first], device, train=train, rounds=rounds), columns, rows)
+
+
+def _title(loader: Any, config: CfgNode, device: torch.device, *, train: bool, rounds: int) -> str:
+    data = config.DATA
+    return (
+        f"{'training' if train else 'evaluation'} loader, {len(loader.dataset)} images, batch {data.BATCH_SIZE}, "
+        f"{data.IMG_SIZE} pixels, {data.NUM_WORKERS} worker(s), {rounds} epochs in turns; per core: by CPU time; "
+        f"batch: the transform on the {device}"
     )
-    return Table(title, columns, rows)
-
-
-def _ratio(own: Sequence[float], base: Sequence[float]) -> str:
-    ratio = paired_ratio(own, base)
-    return f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
 
 
 def stage_table(configs: dict[str, CfgNode], *, train: bool, images: int) -> Table:
-    """CPU time of each stage of each pipeline, in one process."""
-    shares = {name: _stages(config, train=train, images=images) for name, config in configs.items()}
-    stages = list(dict.fromkeys(stage for times in shares.values() for stage in times))
+    """Measure the CPU time of each stage of each pipeline, in one process."""
+    times = {name: _stages(config, train=train, images=images) for name, config in configs.items()}
+    names = list(dict.fromkeys(stage for stages in times.values() for stage in stages))
     rows: list[dict[str, Any]] = []
-    for stage in [*stages, "sum"]:
+    for stage in [*names, "sum"]:
         row: dict[str, Any] = {"label": stage}
-        for name, times in shares.items():
-            total = sum(times.values())
-            own = total if stage == "sum" else times.get(stage)
+        for name, stages in times.items():
+            total = sum(stages.values())
+            row[f"{name} seconds"] = own = total if stage == "sum" else stages.get(stage)
             row[name] = None if own is None else f"{1000 * own:.2f} ({100 * own / total:.0f} %)"
-            row[f"{name} seconds"] = own
         rows.append(row)
-    title = f"{'training' if train else 'evaluation'}: CPU milliseconds an image by stage, mean of {images} images"
-    return Table(title, [("", "label"), *((name, name) for name in shares)], rows)
+    title = f"{'training' if train else 'evaluation'}: CPU milliseconds per image by stage, mean of {images} images"
+    return Table(title, [("", "label"), *((name, name) for name in times)], rows)
 
 
 def _stages(config: CfgNode, *, train: bool, images: int) -> dict[str, float]:
-    """CPU seconds an image of each stage, in the order of the pipeline."""
+    """Return the CPU seconds per image of each stage, in the order of the pipeline."""
     dataset = build_dataset(config, is_train=train)
     chain = dataset.transform.transforms if isinstance(dataset.transform, Compose) else [dataset.transform]
     spent: dict[str, float] = defaultdict(float)
+    clock = time.process_time()
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        spent[stage] += time.process_time() - clock
+        clock = time.process_time()
+
     samples = []
-    for index in range(images):
-        index %= len(dataset)
-        if hasattr(dataset.source, "read"):
-            start = time.process_time()
-            dataset.source.read(index)
-            read = time.process_time() - start
-            spent["read"] += read
-        else:
-            read = 0.0
-        start = time.process_time()
+    for index in (number % len(dataset) for number in range(images)):
+        clock = time.process_time()
         picture = dataset.source.load(index)
-        spent["decode" if read else "load"] += time.process_time() - start - read
+        lap("read, decode")
         with seeded_streams(0, index):
+            clock = time.process_time()
             for stage in chain:
-                start = time.process_time()
                 picture = stage(picture)
-                spent[getattr(stage, "__name__", type(stage).__name__)] += time.process_time() - start
+                lap(getattr(stage, "__name__", type(stage).__name__))
         samples.append((picture, 0, index))
         if len(samples) == config.DATA.BATCH_SIZE:
-            start = time.process_time()
+            clock = time.process_time()
             collate(samples)
-            spent["collate"] += time.process_time() - start
+            lap("collate")
             samples.clear()
     return {stage: seconds / images for stage, seconds in spent.items()}

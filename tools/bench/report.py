@@ -1,4 +1,4 @@
-"""What a benchmark says about itself and its results: the circumstances, a table, a JSON file."""
+"""What a benchmark prints and stores: the circumstances of the measurement and its tables."""
 
 import json
 import os
@@ -27,28 +27,65 @@ class Table:
         title: one line: what was done, with what, how it was timed.
         columns: (heading, key of the row) pairs.
         rows: values by key; text is printed as it is.
-        notes: lines below the table.
-        facts: further values for the JSON file.
+        settings: further values for the JSON file.
     """
 
     title: str
     columns: Sequence[tuple[str, str]]
     rows: list[dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def text(self) -> str:
-        """The table as aligned text, first column to the left, the others to the right."""
+        """Return the table as aligned text, first column to the left, the others to the right."""
         lines = [[heading for heading, _ in self.columns]]
         lines += [[_cell(row.get(key)) for _, key in self.columns] for row in self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        aligned = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join(["", self.title, *aligned, *self.notes])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = []
+        for first, *others in lines:
+            cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
+            aligned.append("  ".join(cells).rstrip())
+        return "\n".join(["", self.title, *aligned])
+
+
+class Report:
+    """Prints the circumstances and each table as it is finished.
+
+    Args:
+        device: where the measured work runs.
+        json_file: also keeps everything; written after each table. None for no file.
+    """
+
+    def __init__(self, device: torch.device, json_file: Path | None) -> None:
+        self._json_file = json_file
+        self._content = {"command": sys.argv, "environment": environment(device), "tables": []}
+        print(f"command    {' '.join(sys.argv)}")
+        for key, value in self._content["environment"].items():
+            print(f"{key:10} {value}")
+
+    def add(self, table: Table) -> None:
+        """Print ``table`` and write the file."""
+        print(table.text(), flush=True)
+        self._content["tables"].append(asdict(table))
+        if self._json_file is not None:
+            self._json_file.parent.mkdir(parents=True, exist_ok=True)
+            self._json_file.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return the circumstances that a measured speed depends on."""
+    facts = {
+        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "cpu": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": f"{torch.get_num_threads()} of {len(os.sched_getaffinity(0))} usable cores",
+        "load": f"{os.getloadavg()[0]:.1f} in the last minute",
+        "allocator": _allocator(),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
+    }
+    if device.type == "cuda":
+        facts["cuda"] = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    return facts
 
 
 def _cell(value: Any) -> str:
@@ -57,26 +94,8 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """The circumstances that decide about speed."""
-    threads = f"{torch.get_num_threads()} of {len(os.sched_getaffinity(0))} usable cores"
-    facts = {
-        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "cpu": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": threads,
-        "load": f"{os.getloadavg()[0]:.1f} in the minute before",
-        "allocator": allocator(),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
-    }
-    if device.type == "cuda":
-        facts["cuda"] = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    return facts
-
-
-def allocator() -> str:
-    """Name of the process's malloc, with the variables that steer it."""
+def _allocator() -> str:
+    """Return the name of the process's malloc, with the environment variables that steer it."""
     mapped = Path("/proc/self/maps").read_text().splitlines()
     libraries = {Path(line.split()[-1]).name for line in mapped if "/" in line}
     loaded = [name for name in _ALLOCATORS if any(name in library for library in libraries)]
@@ -90,22 +109,8 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """Abbreviated commit of the code, with a mark if files differ from it."""
+    """Return the abbreviated commit of the code, marked where files differ from it."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    return done.stdout.strip() or "unknown (no git repository)"
-
-
-def print_environment(facts: dict[str, str]) -> None:
-    """Print the circumstances, one a line."""
-    print(f"command    {' '.join(sys.argv)}")
-    for key, value in facts.items():
-        print(f"{key:10} {value}")
-
-
-def write_json(path: Path, facts: dict[str, str], tables: Sequence[Table]) -> None:
-    """Write everything as one JSON object: command, environment, tables."""
-    content = {"command": sys.argv, "environment": facts, "tables": [asdict(table) for table in tables]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return done.stdout.strip() or "unknown (not a git repository)"

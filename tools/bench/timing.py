@@ -1,23 +1,20 @@
-"""Paired timing: all contestants take turns in one process, so that what else the machine does hits them alike."""
+"""Paired timing: all candidates take turns in one process, so that other load on the machine affects them alike."""
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
-
-from tools.bench.candidates import Candidate, Setting, build_workload
+from tqdm import tqdm
 
 _MAX_REPEATS = 1000
+_WARM_UP_CALLS = 2
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of a few values."""
+    """Median, smallest and largest of a few values. As text: ``1.23 (1.10 - 1.31)``."""
 
     median: float
     low: float
@@ -28,25 +25,29 @@ class Spread:
         """Summarise ``values``."""
         return cls(statistics.median(values), min(values), max(values))
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} - {self.high:.2f})"
+
+    @property
+    def range(self) -> str:
+        """Smallest and largest value as text, three digits each."""
+        return f"{self.low:.3g} - {self.high:.3g}"
+
 
 class Stopwatch:
-    """Times calls on a device: wall or CPU time of the host, or CUDA events.
+    """Times calls on a device: a GPU by its events, a CPU by wall time, or by CPU time where PyTorch has one thread.
 
-    Args:
-        device: where the work happens.
-        clock: ``wall``; ``cpu``, the process's CPU time, which others' load disturbs less but which counts every
-            thread; or ``auto``: CPU time with one thread, wall time otherwise. A GPU is timed by its events.
+    The CPU time of a process is disturbed less by other load, but it counts every thread.
     """
 
-    def __init__(self, device: torch.device, clock: str = "auto") -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        if clock == "auto":
-            clock = "cpu" if torch.get_num_threads() == 1 else "wall"
-        self.clock = "CUDA events" if device.type == "cuda" else {"cpu": "CPU time", "wall": "wall time"}[clock]
-        self._now = time.process_time if clock == "cpu" else time.perf_counter
+        one_thread = torch.get_num_threads() == 1
+        self._now = time.process_time if one_thread else time.perf_counter
+        self.clock = "CUDA events" if device.type == "cuda" else "CPU time" if one_thread else "wall time"
 
     def seconds(self, run: Callable[[], object], repeats: int = 1) -> float:
-        """Seconds a call, the mean over ``repeats`` calls in a row."""
+        """Return the seconds per call, averaged over ``repeats`` calls in a row."""
         if self._device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -62,68 +63,43 @@ class Stopwatch:
 
 
 def measure_paired(
-    runs: Sequence[Callable[[], object]], stopwatch: Stopwatch, *, rounds: int, min_seconds: float, warm_up: int = 2
-) -> list[list[float]]:
-    """Time several callables against each other.
+    runs: dict[str, Callable[[], object]], stopwatch: Stopwatch, *, rounds: int, min_seconds: float
+) -> dict[str, list[float]]:
+    """Time several callables against each other, with a progress bar.
 
-    Each is warmed up, then in every round each is called often enough to take ``min_seconds``; the order is turned
-    round from one round to the next.
+    Each is warmed up first. In every round, each is then called often enough to take ``min_seconds``.
 
     Args:
-        runs: the contestants.
+        runs: what to time, by name.
         stopwatch: the clock.
         rounds: measurements of each.
         min_seconds: length of one measurement.
-        warm_up: calls before the first round.
 
     Returns:
-        Seconds a call, ``[contestant][round]``.
+        Seconds per call in each round, by name.
     """
-    repeats = []
-    for run in runs:
-        for _ in range(warm_up):
-            run()
-        once = stopwatch.seconds(run)
-        repeats.append(min(_MAX_REPEATS, max(1, round(min_seconds / max(once, 1e-6)))))
-    times: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds):
-        order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
-        for index in order:
-            times[index].append(stopwatch.seconds(runs[index], repeats[index]))
+    repeats = {}
+    with tqdm(runs.items(), leave=False) as bar:
+        for name, run in bar:
+            bar.set_description(f"warm up {name}")
+            for _ in range(_WARM_UP_CALLS):
+                run()
+            repeats[name] = min(_MAX_REPEATS, max(1, round(min_seconds / max(stopwatch.seconds(run), 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name in turns(runs, rounds):
+        times[name].append(stopwatch.seconds(runs[name], repeats[name]))
     return times
 
 
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Yield each name once per round, in reversed order in every second round, with a progress bar."""
+    orders = [list(names) if number % 2 == 0 else list(names)[::-1] for number in range(rounds)]
+    with tqdm(total=rounds * len(list(names)), desc="measure", leave=False) as bar:
+        for name in (name for order in orders for name in order):
+            yield name
+            bar.update()
+
+
 def paired_ratio(times: Sequence[float], baseline: Sequence[float]) -> Spread:
-    """How many times as fast as the baseline, from the rounds' own ratios."""
+    """Return how many times as fast as the baseline: the spread of the ratios of the single rounds."""
     return Spread.of([other / own for own, other in zip(times, baseline, strict=True)])
-
-
-def gpu_peak(run: Callable[[], object], before: int) -> int:
-    """Peak of the allocated GPU memory in a call of ``run``, beyond the ``before`` bytes of what else there is."""
-    run()  # makes the optimizer's state
-    run()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def resident_growth(candidate: Candidate, setting: Setting, threads: int) -> int:
-    """Bytes by which the peak resident memory of a fresh process grows over two calls."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_growth, candidate, setting, threads).result()
-
-
-def _growth(candidate: Candidate, setting: Setting, threads: int) -> int:
-    torch.set_num_threads(threads)
-    workload = build_workload(candidate, setting)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = _peak_resident()
-    workload.run()
-    workload.run()
-    return _peak_resident() - before
-
-
-def _peak_resident() -> int:
-    """Peak resident size of this process in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
-"""Strip-MLP written down plainly, as the published description has it: the yardstick for exactness, speed and memory.
+"""Strip-MLP in the published formulation, written plainly: the yardstick for exactness, speed and memory.
 
-Contiguous (N, C, H, W) maps, every concatenation spelled out, the position index rebuilt in each forward pass, GRN as
-four passes. Parameters carry the names of the published checkpoints. Slow on purpose; tests and benchmarks only.
+Contiguous (N, C, H, W) maps, every concatenation spelled out, the position index rebuilt in each forward pass, GRN in
+four passes. Parameters carry the names of the published checkpoints. Slow on purpose; for tests and benchmarks only.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,18 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Arguments of the published variants.
+VARIANTS = {
+    "tiny_light": {"embed_dim": 80, "depths": (2, 2, 6, 2)},
+    "tiny": {"embed_dim": 80, "depths": (2, 2, 12, 2)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2)},
+    "base": {"embed_dim": 112, "depths": (2, 2, 18, 2)},
+}
+
 
 class PositionTable(nn.Module):
+    """Relative position embedding of a square map. Shape of the result: (dim, H, W)."""
+
     def __init__(self, dim: int, size: int) -> None:
         super().__init__()
         self.embeddings_table = nn.Parameter(torch.empty(2 * size + 1, dim))
@@ -25,7 +35,7 @@ class PositionTable(nn.Module):
 
 
 class StripMix(nn.Module):
-    """CGSMM and LSMM with the projection before and the fusion after them."""
+    """CGSMM and LSMM, with the projection before and the fusion after them. Shape: (N, C, H, W) -> same."""
 
     def __init__(self, dim: int, size: int, num_patches: int) -> None:
         super().__init__()
@@ -74,6 +84,8 @@ class StripMix(nn.Module):
 
 
 class TokenMixing(nn.Module):
+    """Depthwise 3x3 convolution and strip mixing. Shape: (N, C, H, W) -> same."""
+
     def __init__(self, dim: int, size: int, num_patches: int) -> None:
         super().__init__()
         self.smlp_block = StripMix(dim, size, num_patches)
@@ -88,17 +100,21 @@ class TokenMixing(nn.Module):
 
 
 class ReferenceGRN(nn.Module):
+    """Global response normalisation with its residual. Shape: (N, H, W, K) -> same."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
-    def forward(self, y: Tensor) -> Tensor:  # (N, H, W, K) -> same
+    def forward(self, y: Tensor) -> Tensor:
         norm = torch.norm(y, p=2, dim=(1, 2), keepdim=True)
         return self.gamma * (y * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6))) + self.beta + y
 
 
 class ChannelMixing(nn.Module):
+    """Depthwise 7x7 convolution and an MLP with GRN. Shape: (N, C, H, W) -> same."""
+
     def __init__(self, dim: int, alpha: int) -> None:
         super().__init__()
         self.conv_77 = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, bias=False)
@@ -114,6 +130,8 @@ class ChannelMixing(nn.Module):
 
 
 class ReferenceBlock(nn.Module):
+    """Token mixing and channel mixing, each with a residual. Shape: (N, C, H, W) -> same."""
+
     def __init__(self, dim: int, size: int, num_patches: int, alpha: int, drop_path: float) -> None:
         super().__init__()
         self.token_mixing = TokenMixing(dim, size, num_patches)
