@@ -293,7 +293,7 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
 def validate(state: TrainState, session: Session) -> EvalResult | None:
     """Evaluate the model, or its averaged weights if there are any, on the whole validation set; None after a stop."""
     model = state.eval_model
-    # a compiled model: a last, smaller batch is no reason to compile again
+    # if the model is compiled: run a last, smaller batch as it is rather than compile again
     with averaged_batchnorm(model), torch.compiler.set_stance("eager_on_recompile"):
         return evaluate(
             model,

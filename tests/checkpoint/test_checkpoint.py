@@ -114,7 +114,7 @@ def test_allowed_change_of_the_optimizer_takes_effect(saved):
     assert [(g["weight_decay"], g["betas"]) for g in state.optimizer.param_groups] == [(0.7, (0.5, 0.6))]
 
 
-def test_other_versions_are_said(saved, caplog):
+def test_other_versions_are_logged(saved, caplog):
     payload = read_training_state(saved)
     payload["versions"] |= {"torch": "1.0", "threads": 77}
     with caplog.at_level(logging.WARNING):
