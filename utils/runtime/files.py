@@ -4,25 +4,32 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; after the block, the file there replaces ``path``, flushed to the disk.
+    """Replace ``path`` by the file that the block writes, atomically and durably.
 
-    Nothing is left of the temporary file, and ``path`` stays as it was, if the block raises.
+    The block writes to the temporary name that it is given, and may check what it wrote. Then the file is flushed to
+    disk and renamed over ``path``, and the folder is flushed too. After an error ``path`` is what it was. The temporary
+    file is gone either way; only a killed process leaves it behind.
 
-    Raises:
-        OSError: the file could not be written.
+    Args:
+        path: final name; its folder exists.
+
+    Yields:
+        A name that begins with a dot, in the same folder.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")  # nodes may share the folder
+    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _fsync(temporary)
         os.replace(temporary, path)
-        fsync_directory(path.parent)
+        with contextlib.suppress(PermissionError):  # some systems do not open folders
+            _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,3 +61,11 @@ def fsync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from utils.runtime.distributed import is_distributed
 
-JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a batch system or a terminal sends them to a job
 _TIME_LIMIT = 1000  # beyond every signal number
 
 
