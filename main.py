@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import main_eval
 from data import build_batch_transform, build_train_loader, build_val_loader, check_data
-from models import build_model, from_published
+from models import accelerate, build_model, from_published
 from utils.checkpoint import (
     BEST,
     LAST,
@@ -160,7 +160,7 @@ def build_session(config, run: Run, stop: StopRequest) -> Session:
 def build_training(session: Session) -> tuple[DistributedDataParallel, TrainState]:
     """Build the model, its distributed wrapper and what trains it; the state holds the bare model."""
     config, run = session.config, session.run
-    model = build_model(config).to(run.device)
+    model = accelerate(build_model(config).to(run.device), run.device)
     ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN)
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import models  # noqa: F401  registers strip_mlp_* with timm
+import models
 from tests.reference_model import ReferenceStripMLP
 from utils.training import compile_model
 
@@ -128,7 +128,7 @@ def build_workload(candidate: Candidate, setting: Setting) -> Workload:
 
 
 def _in_form(network: nn.Module, candidate: Candidate, setting: Setting) -> nn.Module:
-    network = network.to(setting.device)
+    network = models.accelerate(network.to(setting.device), setting.device)
     network.train(setting.mode == "train")
     if setting.channels_last:
         network = network.to(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import main
-from models import build_model
+from models import accelerate, build_model
 from tools.bench.report import ROOT, Table
 from tools.bench.timing import Spread, paired_ratio
 from utils.config import load_config
@@ -92,7 +92,7 @@ def _interleaved(parts: dict[str, Callable[[], object]], rounds: int) -> dict[st
 def _bare_step(session: Session) -> Callable[[], None]:
     """An update with nothing around it: no wrapper, no guard, no clipping, no metrics, random images."""
     config, device = session.config, session.run.device
-    model = build_model(config).to(device)
+    model = accelerate(build_model(config).to(device), device)
     optimizer = build_optimizer(config, model, lr=1e-4)
     size, classes = config.DATA.IMG_SIZE, config.MODEL.NUM_CLASSES
     images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.STRIP_MLP.IN_CHANS, size, size, device=device)

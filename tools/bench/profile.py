@@ -10,7 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import StripMLPNet
+from models import StripMLPNet, accelerate
 from tools.bench.candidates import Candidate, Setting, build_network, build_workload
 from tools.bench.report import Table
 
@@ -120,7 +120,7 @@ def _parts(network: StripMLPNet) -> dict[str, list[nn.Module]]:
 
 def _times_of_parts(network: StripMLPNet, setting: Setting, repeats: int) -> dict[str, tuple[float, float]]:
     """(Seconds, floating-point operations) of each part; the rest of the network comes last."""
-    network = network.to(setting.device).eval()
+    network = accelerate(network.to(setting.device), setting.device).eval()
     images = torch.randn(setting.batch, 3, setting.img_size, setting.img_size, device=setting.device)
     parts = _parts(network)
     spent: dict[str, list[float]] = {part: [] for part in (*parts, "all")}
