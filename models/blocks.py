@@ -114,9 +114,9 @@ class CGSMM(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         patches = split_patches(u, self.row_mix.num_patches)  # (B, D, H, W) -> (B, H, W, P, G)
-        rows = self.row_mix(u + self.row_position().to(u.dtype))
+        rows = self.row_mix(u + self.row_position().to(u.dtype))  # (B, D, H, W) -> (B, H, W, P, G)
         q = F.gelu(self.norm(self.row_fuse(cat_channels(rows, patches))))
-        columns = self.column_mix(q + self.column_position().to(q.dtype))
+        columns = self.column_mix(q + self.column_position().to(q.dtype))  # (B, D, H, W) -> (B, H, W, P, G)
         return self.column_fuse(cat_channels(patches, columns))
 
 
@@ -176,7 +176,7 @@ class StripMixingBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm2(self.project(self.dwconv(F.gelu(self.norm1(x)))))
         u, v = map(F.gelu, x.chunk(2, dim=1))  # (B, C, H, W) -> 2 x (B, D, H, W)
-        return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
+        return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))  # 2 x (B, D, H, W) -> (B, C, H, W)
 
 
 class ChannelMixingBlock(nn.Module):

@@ -105,16 +105,16 @@ def add_residual(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
 
 
 @contextmanager
-def _running_statistics_held(module: nn.Module) -> Iterator[None]:
+def _running_statistics_frozen(module: nn.Module) -> Iterator[None]:
     """Let the BatchNorms in ``module`` normalise as in training without moving their running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, momentum, num_batches_tracked in held:
+        for norm, momentum, num_batches_tracked in kept:
             norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
@@ -125,7 +125,7 @@ def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _running_statistics_held(block)
+        return nullcontext(), _running_statistics_frozen(block)
 
     return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
 
@@ -141,14 +141,17 @@ def downsample(dim: int, *, groups: int = 1) -> nn.Conv2d:
 
 
 def drop_path_rates(rate: float, depth: int, schedule: str) -> list[float]:
-    """Return the DropPath rate of each of ``depth`` blocks: ``rate`` in all (``"constant"``) or from 0 up to it
-    (``"linear"``).
+    """Return the DropPath rate of each of ``depth`` blocks.
 
+    Args:
+        rate: probability that a sample skips a branch.
+        depth: number of blocks.
+        schedule: ``"constant"``, ``rate`` in every block, or ``"linear"``, from 0 up to ``rate``.
     Raises:
         ValueError: if ``rate`` is not in [0, 1) or ``schedule`` is unknown.
     """
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"drop_path_rate is {rate}; it must lie in [0, 1)")
+        raise ValueError(f"drop_path_rate is {rate}; it must be in [0, 1)")
     if schedule == "constant":
         return [rate] * depth
     if schedule == "linear":

@@ -49,9 +49,11 @@ class FastLSMM(LSMM):
     """``LSMM`` that keeps less for the backward pass."""
 
     def forward(self, v: Tensor) -> Tensor:
-        if not (may_use_handwritten(v) and torch.is_grad_enabled() and v.requires_grad):
+        layers = self.reweight1, self.reweight2
+        trains = torch.is_grad_enabled() and v.requires_grad
+        if not (trains and may_use_handwritten(v) and all(is_plain(layer, nn.Conv2d) for layer in layers)):
             return super().forward(v)
-        return weighted_sum(self.tall(v), self.wide(v), v, weigh=self.weights, modules=(self.reweight1, self.reweight2))
+        return weighted_sum(self.tall(v), self.wide(v), v, weigh=self.weights, modules=layers)
 
 
 class FastStripMixingBlock(StripMixingBlock):

@@ -4,6 +4,7 @@ import copy
 import io
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.blocks import LSMM, StripMLPBlock
 from models.fast import accelerate, linear_chain, ops
 from models.fast.autograd import gelu_grn, norm_gelu
-from models.fast.blocks import add_residual_of_kept
+from models.fast.blocks import FastStripMLPBlock, add_residual_of_kept
 from models.fast.linear_chain import ChainLink
 from models.layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual
 from tests.builders import noise, noise_map, randomised, tiny_network
 from tests.golden.load import golden_model, images, soft_cross_entropy, training_step
 from tests.reference_model import ReferenceStripMLP
+from tests.tiny_run import TinyRun
 
 
 @pytest.fixture
@@ -221,7 +223,7 @@ def test_parameters_replaced_between_forward_and_backward() -> None:
         loss.backward()
 
 
-def test_replaced_and_hooked_modules_are_called() -> None:
+def test_replaced_modules_are_called() -> None:
     class Doubled(PointwiseLinear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
@@ -232,21 +234,40 @@ def test_replaced_and_hooked_modules_are_called() -> None:
     doubled.load_state_dict(block.channel_mixing.fc2.state_dict())
     block.channel_mixing.fc2 = doubled
     torch.testing.assert_close(block.channel_mixing(x), 2 * before)
-    leaves = [module for module in block.modules() if not list(module.children())]
-    calls: list[nn.Module] = []
-    for module in leaves:
-        module.register_forward_hook(lambda module, _inputs, _output: calls.append(module))
-    block.drop_path(block(x))
-    assert {id(module) for module in calls} >= {id(module) for module in leaves}
 
 
-@pytest.mark.parametrize("name", ("channel_mixing.grn", "channel_mixing.norm", "strip_mixing.norm1"))
+def test_hooks_are_called_once() -> None:
+    block, x = fast_block()
+    calls: list[str] = []
+    for name, module in block.named_modules():
+        if name != "drop_path":  # its rate is 0
+            module.register_forward_hook(lambda _module, _inputs, _output, name=name: calls.append(name))
+    block(x).sum().backward()
+    assert sorted(calls) == sorted(name for name, _ in block.named_modules() if name != "drop_path")
+
+
+@pytest.mark.parametrize("name", ("channel_mixing.grn", "strip_mixing.norm1", "strip_mixing.lsmm.reweight2"))
 def test_backward_hooks_are_called(name: str) -> None:
     block, x = fast_block()
     calls = []
     block.get_submodule(name).register_full_backward_hook(lambda *_: calls.append(name))
     block(x).sum().backward()
     assert calls == [name]
+
+
+def test_main_trains_and_evaluates_the_accelerated_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the averaged weights, which are a copy of the network."""
+    seen: dict[bool, set[int]] = {True: set(), False: set()}
+    forward = FastStripMLPBlock.forward
+
+    def watched(block: FastStripMLPBlock, x: Tensor) -> Tensor:
+        seen[block.training].add(id(block))
+        return forward(block, x)
+
+    monkeypatch.setattr(FastStripMLPBlock, "forward", watched)
+    TinyRun(tmp_path).train("--opts", "TRAIN.EPOCHS", "1", "TRAIN.EMA_DECAY", "0.9")
+    assert len(seen[True]) == len(seen[False]) == 4
+    assert not seen[True] & seen[False]  # what is evaluated is the copy
 
 
 def test_synchronised_batch_norm_takes_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
