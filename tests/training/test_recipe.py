@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from models import StripMLPNet, from_published
+from models import StripMLPNet, accelerate, from_published
 from tests.golden.load import arrays, golden_model, images, soft_cross_entropy
 from utils.config import default_config
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
@@ -41,11 +41,14 @@ def golden_config(meta: dict):
     )
 
 
-def test_stored_training_run_through_the_projects_own_parts() -> None:
+@pytest.mark.parametrize("form", ("plain", "accelerated"))
+def test_stored_training_run_through_the_projects_own_parts(form: str) -> None:
     golden = arrays("trajectory")
     meta = json.loads(str(golden["meta"]))
     config = golden_config(meta)
     model = golden_model(meta["variant"])
+    if form == "accelerated":
+        accelerate(model, torch.device("cpu"))
     lrs = scaled_learning_rates(config, world_size=1)
     optimizer = build_optimizer(config, model, lrs.base)
     scheduler = build_scheduler(config, optimizer, lrs, meta["steps_per_epoch"])
