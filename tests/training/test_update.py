@@ -141,3 +141,17 @@ def test_the_gpu_is_never_waited_for(tiny: TinyRun, monkeypatch: pytest.MonkeyPa
             main.train_one_epoch(model, state, session)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_save_restarts_the_clock_of_the_next(tiny: TinyRun) -> None:
+    with training(tiny, tag="clock") as (session, _, state):
+        session.stop.save_due = True
+        path = session.save(state, ("extra.pth",))
+        assert not session.stop.save_due
+        assert path.samefile(path.with_name("extra.pth"))
+
+
+def test_a_log_line_is_due_every_so_many_updates_and_after_the_last_of_an_epoch(tiny: TinyRun) -> None:
+    with training(tiny, "--opts", "PRINT_FREQ", 4, tag="due") as (session, _, _):
+        assert session.updates_per_epoch == 6
+        assert [done for done in range(1, 13) if session.log_due(done)] == [4, 6, 10, 12]
