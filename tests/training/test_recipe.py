@@ -83,8 +83,15 @@ def test_decayed_parameters_are_the_published_ones() -> None:
     assert len(decayed["params"]) + len(free["params"]) == len(names)
 
 
+def test_a_model_names_further_parameters_that_are_not_decayed() -> None:
+    model = nn.Linear(2, 2)
+    model.no_weight_decay = lambda: {"weight"}
+    optimizer = build_optimizer(config_with(), model, 1e-3)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 2]
+
+
 def rates(config, updates_per_epoch: int = 10) -> list[float]:
-    """Rate that each update of the run is done at."""
+    """Return the rate of each update of the run."""
     model = nn.Linear(2, 2)
     lrs = scaled_learning_rates(config, world_size=1)
     optimizer = build_optimizer(config, model, lrs.base)
