@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from models import StripMLPNet, accelerate, from_published
+from models import accelerate, from_published
+from tests.builders import tiny_network
 from tests.golden.load import arrays, golden_model, images, soft_cross_entropy
 from utils.config import default_config
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
@@ -150,7 +151,7 @@ def test_criterion_follows_the_targets() -> None:
 def test_optimizers_descend(name: str) -> None:
     torch.manual_seed(0)
     config = config_with(TRAIN__OPTIMIZER__NAME=name)
-    model = StripMLPNet(img_size=32, embed_dim=8, depths=(1, 1, 1, 1), num_classes=3, drop_path_rate=0.0)
+    model = tiny_network(drop_path_rate=0.0)
     optimizer = build_optimizer(config, model, 1e-2)
     inputs, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 3
     losses = []
