@@ -23,7 +23,15 @@ from yacs.config import CfgNode
 import main_eval
 from data import build_batch_transform, build_train_loader, build_val_loader, check_data
 from models import accelerate, build_model, from_published
-from utils.checkpoint import BEST, CheckpointStore, checkpoint_metadata, load_weights, starting_point
+from utils.checkpoint import (
+    BEST,
+    CheckpointStore,
+    checkpoint_metadata,
+    load_weights,
+    starting_point,
+    warn_preprocessing,
+    weight_options,
+)
 from utils.config import parse
 from utils.runtime import Run, StopRequest, start_run, torch_random_state
 from utils.session import Batch, Objective, Session, located_errors, update_groups
@@ -172,7 +180,16 @@ def load_starting_point(state: TrainState, session: Session, allow_change: Seque
         if config.MODEL.PRETRAINED:
             logger.info("--pretrained %s is not read: the run goes on from a checkpoint", config.MODEL.PRETRAINED)
     elif config.MODEL.PRETRAINED:
-        load_weights(state.model, config.MODEL.PRETRAINED, remap=from_published, prefer_ema=True, replace_head=True)
+        _, metadata = load_weights(
+            state.model,
+            config.MODEL.PRETRAINED,
+            remap=from_published,
+            prefer_ema=True,
+            replace_head=True,
+            classes=session.metadata["classes"],
+            **weight_options(config),
+        )
+        warn_preprocessing(config, metadata, config.MODEL.PRETRAINED, state.model)
         if state.ema is not None:
             state.ema.set(state.model)
     else:

@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 
 from data import build_batch_transform, build_val_loader, check_data
 from models import build_model, from_published, inference_form
-from utils.checkpoint import check_classes, load_weights, resolve_source, sha256, warn_preprocessing
+from utils.checkpoint import class_columns, load_weights, resolve_source, sha256, warn_preprocessing, weight_options
 from utils.config import parse
 from utils.runtime import Run, start_run, write_text_atomic
 from utils.training import build_precision, evaluate, measure_throughput
@@ -61,13 +61,18 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
     if not source:
         raise ValueError("no checkpoint to evaluate: name one with --resume FILE")
     loader = build_val_loader(config, device=process.device)
-    check_data(config, None, loader.dataset)
     model = build_model(config).to(process.device)
     _, metadata = load_weights(
-        model, source, remap=from_published, prefer_ema=weights != "model", require_ema=weights == "ema"
+        model,
+        source,
+        remap=from_published,
+        prefer_ema=weights != "model",
+        require_ema=weights == "ema",
+        **weight_options(config),
     )
-    check_classes(loader.dataset.classes, metadata, source)
-    warn_preprocessing(config, metadata, source)
+    columns = class_columns(loader.dataset.classes, metadata, source, config.MODEL.NUM_CLASSES)
+    check_data(config, None, loader.dataset, subset=columns is not None)
+    warn_preprocessing(config, metadata, source, model)
     transform = build_batch_transform(config, is_train=False, device=process.device, rank=process.rank)
     with closing(loader):
         result = evaluate(
@@ -76,8 +81,9 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
             device=process.device,
             batch_transform=transform,
             autocast=build_precision(config, process.device).autocast,
+            columns=columns,
         )
-    top5 = f", top-5 {result.acc5:.2f} %" if config.MODEL.NUM_CLASSES > 5 else ""
+    top5 = f", top-5 {result.acc5:.2f} %" if len(columns or range(config.MODEL.NUM_CLASSES)) > 5 else ""
     logger.info(
         "%s: top-1 %.2f %%%s, loss %.4f on %d samples", source, result.acc1, top5, result.loss, result.num_samples
     )

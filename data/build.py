@@ -14,6 +14,7 @@ from data.loading.samplers import EvalShardSampler, TrainSampler
 from data.sources.base import ArraySource, FolderSource, Source
 from data.sources.builtin import cifar_source, digits_source
 from data.sources.cached import DecodedSource, FinishedSource, finished_file, is_finished, write_finished
+from data.sources.classes import order_classes
 from data.sources.zip import ZipSource
 from utils.config import FOLDER_DATASETS
 from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cores
@@ -78,8 +79,11 @@ def _build_source(config: CfgNode, *, is_train: bool) -> Source:
         return cifar_source(data.DATASET, data.DATA_PATH, is_train=is_train, download=data.DOWNLOAD, as_array=as_array)
     prefix = "train" if is_train else "val"
     if data.ZIP_MODE:
-        return ZipSource(data.DATA_PATH, prefix, cache_mode=data.CACHE_MODE, as_array=as_array)
-    return FolderSource(Path(data.DATA_PATH) / prefix, as_array=as_array)
+        source = ZipSource(data.DATA_PATH, prefix, cache_mode=data.CACHE_MODE, as_array=as_array)
+    else:
+        source = FolderSource(Path(data.DATA_PATH) / prefix, as_array=as_array)
+    order_classes(source, data.CLASS_ORDER, data.DATA_PATH)
+    return source
 
 
 def _finished_source(dataset: ImageDataset, folder: Path) -> FinishedSource:

@@ -12,8 +12,16 @@ from utils.runtime import get_world_size
 _SHOWN = 5  # names in a message
 
 
-def check_data(config: CfgNode, train_dataset: ImageDataset | None, val_dataset: ImageDataset | None) -> None:
+def check_data(
+    config: CfgNode,
+    train_dataset: ImageDataset | None,
+    val_dataset: ImageDataset | None,
+    *,
+    subset: bool = False,
+) -> None:
     """Compare the data sets with each other and with the configuration; None leaves one out.
+
+    ``subset``: the data hold a part of the model's classes on purpose, so their number is not compared.
 
     Raises:
         ValueError: lists every problem found: labels or number of classes that do not fit MODEL.NUM_CLASSES, hidden or
@@ -22,7 +30,7 @@ def check_data(config: CfgNode, train_dataset: ImageDataset | None, val_dataset:
     problems = []
     for part, dataset in (("train", train_dataset), ("val", val_dataset)):
         if dataset is not None:
-            problems += [f"{part}: {problem}" for problem in _class_problems(config, dataset)]
+            problems += [f"{part}: {problem}" for problem in _class_problems(config, dataset, subset=subset)]
     if train_dataset is not None and val_dataset is not None:
         problems += _difference_problems(train_dataset.classes, val_dataset.classes)
     if train_dataset is not None:
@@ -34,10 +42,10 @@ def check_data(config: CfgNode, train_dataset: ImageDataset | None, val_dataset:
         raise ValueError(f"the data cannot be used ({where}):\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
-def _class_problems(config: CfgNode, dataset: ImageDataset) -> list[str]:
+def _class_problems(config: CfgNode, dataset: ImageDataset, *, subset: bool) -> list[str]:
     problems = []
     classes, targets = dataset.classes, dataset.targets
-    if len(classes) != config.MODEL.NUM_CLASSES:
+    if len(classes) != config.MODEL.NUM_CLASSES and not subset:
         problems.append(
             f"{len(classes)} classes ({_some(classes)}), but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
             f"set MODEL.NUM_CLASSES {len(classes)} or give another DATA.DATA_PATH"

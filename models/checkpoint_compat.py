@@ -10,7 +10,7 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 _BLOCK = r"^blocks(\d+)\.(\d+)\."
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
+_WRAPPERS = ("module.", "_orig_mod.")
 
 # Published name (after the block prefix) <-> ours.
 _BLOCK_PARTS = {
@@ -62,23 +62,30 @@ def _rename(name: str, parts: Mapping[str, str]) -> str | None:
     return None
 
 
+def _unwrapped(state_dict: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the entries without the prefixes that wrappers put before every name; parts inside a name stay."""
+    plain = dict(state_dict)
+    while prefix := next((p for p in _WRAPPERS if plain and all(name.startswith(p) for name in plain)), ""):
+        plain = {name.removeprefix(prefix): value for name, value in plain.items()}
+    return plain
+
+
 def is_published(state_dict: Mapping[str, object]) -> bool:
     """Return whether the keys are those of a published checkpoint (wrapper prefixes aside)."""
-    return any(re.match(_BLOCK, _WRAPPERS.sub("", name)) for name in state_dict)
+    return any(re.match(_BLOCK, name) for name in _unwrapped(state_dict))
 
 
 def from_published(state_dict: Mapping[str, Value]) -> dict[str, Value]:
     """Rename a published state dict to this repository's names.
 
-    Prefixes ``module.`` and ``_orig_mod.`` are dropped and the spelling ``proh_w`` is accepted. Names that are not
-    published ones, ours among them, pass through, so that a load report can show them.
+    Prefixes ``module.`` and ``_orig_mod.`` that all names have are dropped and the spelling ``proh_w`` is accepted.
+    Names that are not published ones, ours among them, pass through, so that a load report can show them.
 
     Raises:
         ValueError: if two keys would get the same name.
     """
     renamed: dict[str, Value] = {}
-    for name, value in state_dict.items():
-        plain = _WRAPPERS.sub("", name)
+    for plain, value in _unwrapped(state_dict).items():
         block = re.match(_BLOCK, plain)
         if block:
             rest = plain[block.end() :]
@@ -88,7 +95,7 @@ def from_published(state_dict: Mapping[str, Value]) -> dict[str, Value]:
         else:
             ours = _rename(plain, _NET_PARTS) or plain
         if ours in renamed:
-            raise ValueError(f"two keys of the checkpoint become {ours!r}, the second is {name!r}; remove one of them")
+            raise ValueError(f"two keys of the checkpoint become {ours!r}, the second is {plain!r}; remove one of them")
         renamed[ours] = value
     return renamed
 
@@ -102,12 +109,11 @@ def to_published(state_dict: Mapping[str, Value]) -> dict[str, Value]:
     block_parts = {ours: published for published, ours in _BLOCK_PARTS.items()}
     net_parts = {ours: published for published, ours in _NET_PARTS.items()}
     renamed: dict[str, Value] = {}
-    for name, value in state_dict.items():
-        plain = _WRAPPERS.sub("", name)
+    for plain, value in _unwrapped(state_dict).items():
         block = re.match(r"^stages\.(\d+)\.(\d+)\.", plain)
         parts, rest = (block_parts, plain[block.end() :]) if block else (net_parts, plain)
         new = _rename(rest, parts)
         if new is None:
-            raise KeyError(f"{name!r} is not a parameter or buffer of Strip-MLP; it has no published name")
+            raise KeyError(f"{plain!r} is not a parameter or buffer of Strip-MLP; it has no published name")
         renamed[f"blocks{int(block[1]) + 1}.{block[2]}.{new}" if block else new] = value
     return renamed

@@ -14,12 +14,11 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_i
 from torch import Tensor, nn
 
 from data.images.decode import Picture
+from utils.config import short_side
 from utils.errors import ImageReadError
 
 Resize = Callable[[Picture, tuple[int, int], str], Picture]  # picture, (height, width), name of the filter
 
-SMALL = 32  # pixels; up to this size, training pads and crops instead of zooming in, as published for CIFAR
-CROP_RATIO = 256 / 224  # shorter side before the centre crop, relative to the crop
 _PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
 
 
@@ -54,7 +53,7 @@ class EvalResize:
 
     def __init__(self, size: int, *, crop: bool, interpolation: str, resize: Resize) -> None:
         self.size = size
-        self.short_side = size if size <= SMALL else int(CROP_RATIO * size) if crop else None
+        self.short_side = short_side(size, crop=crop)
         self.interpolation = interpolation
         self.resize = resize
 

@@ -17,7 +17,8 @@ from yacs.config import CfgNode
 
 from data.images.decode import Picture
 from data.images.posterize import allow_zero_bits
-from data.images.resize import CROP_RATIO, SMALL, EvalResize, Resize, ResizedCrop, as_image, pil_resize, torch_resize
+from data.images.resize import EvalResize, Resize, ResizedCrop, as_image, pil_resize, torch_resize
+from utils.config import CROP_RATIO, SMALL
 
 Transform = Callable[[Picture], np.ndarray | Tensor]
 

@@ -58,5 +58,11 @@ def test_ours_and_unknown_names_pass_through() -> None:
 def test_errors() -> None:
     with pytest.raises(KeyError, match="fc.weight"):
         to_published({"fc.weight": 1})
-    with pytest.raises(ValueError, match="head.weight"):
-        from_published({"head.weight": 1, "module.head.weight": 2})
+    stem = "token_mixing.smlp_block"
+    with pytest.raises(ValueError, match="two keys .* the second is 'blocks1.0.token_mixing.smlp_block.proh_w.weight'"):
+        from_published({f"blocks1.0.{stem}.proj_w.weight": 1, f"blocks1.0.{stem}.proh_w.weight": 2})
+
+
+def test_prefixes_inside_names_and_of_some_names_stay() -> None:
+    names = dict.fromkeys(("stages.0.mixer.module.0.weight", "module.head.weight", "head.weight"))
+    assert from_published(names) == names

@@ -7,11 +7,12 @@ from utils.checkpoint.resume import (
     check_classes,
     check_continuation,
     checkpoint_metadata,
+    class_columns,
     starting_point,
     warn_preprocessing,
 )
 from utils.checkpoint.store import BEST, LAST, CheckpointStore
-from utils.checkpoint.weights import load_weights
+from utils.checkpoint.weights import load_weights, weight_options
 
 __all__ = [
     "BEST",
@@ -19,6 +20,7 @@ __all__ = [
     "check_classes",
     "check_continuation",
     "checkpoint_metadata",
+    "class_columns",
     "CheckpointStore",
     "LAST",
     "load_weights",
@@ -28,5 +30,6 @@ __all__ = [
     "sha256",
     "starting_point",
     "warn_preprocessing",
+    "weight_options",
     "write_dump",
 ]

@@ -1,8 +1,9 @@
 """Checkpoint files: written so that nothing half-written is ever visible, read so that nothing in them is executed.
 
 This is the only module of the project that unpickles. Every file, our own included, is opened in PyTorch's weights-only
-mode with one addition: the yacs node inside the published checkpoints is read as a plain ordered dict. There is no
-switch that turns the protection off.
+mode with two additions: the yacs node inside the published checkpoints is read as a plain ordered dict, and classes
+that files of other projects name become inert stand-ins (see ``foreign.py``). There is no switch that turns the
+protection off.
 """
 
 import collections
@@ -21,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from utils.checkpoint.foreign import StandIn, StandIns
 from utils.errors import CheckpointError
 from utils.runtime import atomic_file
 
@@ -100,7 +102,8 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool
     Args:
         path: the file.
         map_location: 'cpu', or 'meta' to read names and shapes only.
-        strict: refuse an archive without checksums, which this project never writes, instead of warning.
+        strict: the file must be as this project writes it: refuse an archive without checksums, instead of warning,
+            and classes of other projects.
 
     Raises:
         CheckpointError: the file is missing, empty, damaged, not a checkpoint, or asks to import code that is not on
@@ -113,8 +116,7 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool
     if kind == "zip":
         _check_members(path, strict=strict)
     try:
-        with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
-            payload = torch.load(path, map_location=map_location, weights_only=True)
+        payload = _load_with_stand_ins(path, map_location, allowed=not strict)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, OSError) as error:
@@ -122,8 +124,26 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool
             f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     if not isinstance(payload, dict):
-        raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint (a dict)")
+        advice = "; save its state_dict() instead" if isinstance(payload, StandIn) else ""
+        raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint (a dict){advice}")
     return payload
+
+
+def _load_with_stand_ins(path: Path, map_location: str, *, allowed: bool) -> Any:
+    """Open ``path`` in the weights-only mode, classes of other projects replaced by stand-ins if ``allowed``."""
+    stand_ins, device = StandIns(), map_location
+    while True:
+        try:
+            with torch.serialization.safe_globals([*_ALLOWED_GLOBALS, *stand_ins.globals()]):
+                payload = torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            if not allowed or not stand_ins.add_missing(str(error)):
+                raise
+            device = "meta"  # until all stand-ins are known, without the tensors
+            continue
+        if device == map_location:
+            return payload
+        device = map_location
 
 
 def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import resolve_source
 from utils.checkpoint.store import CheckpointStore, step_inside
-from utils.config import dump_config, parse_config, recipe_differences
+from utils.config import CROP_RATIO, dump_config, parse_config, recipe_differences, short_side
 from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,13 @@ def checkpoint_metadata(config: CfgNode, classes: Sequence[str], num_samples: in
 
 
 def _preprocessing(config: CfgNode) -> dict[str, Any]:
-    """Return what evaluation does to an image."""
+    """Return what evaluation does to an image; ``short_side`` None scales both sides, without a crop."""
+    side = short_side(config.DATA.IMG_SIZE, crop=config.TEST.CROP)
     return {
         "img_size": config.DATA.IMG_SIZE,
         "interpolation": config.DATA.INTERPOLATION,
-        "crop": config.TEST.CROP,
+        "crop": side is not None,
+        "short_side": side,
         "mean": list(IMAGENET_DEFAULT_MEAN),
         "std": list(IMAGENET_DEFAULT_STD),
     }
@@ -134,12 +137,81 @@ def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | 
     raise CheckpointError(f"the data set's classes are not the ones of {path}: {what}")
 
 
-def warn_preprocessing(config: CfgNode, payload: dict[str, Any], path: Path | str) -> None:
-    """Warn where a checkpoint's evaluation preprocessing differs from the config's."""
+def class_columns(classes: Sequence[str], metadata: dict[str, Any], path: Path | str, num_classes: int) -> list | None:
+    """Return the scores that belong to the data set's classes, found by name; None where all are in the same order.
+
+    A file without class names is taken to be in the order of the data set, which is logged.
+
+    Args:
+        classes: the data set's, in the order of the labels.
+        metadata: the checkpoint's entries.
+        path: its file, for messages.
+        num_classes: scores of the model.
+
+    Raises:
+        CheckpointError: a class is not among the checkpoint's, or numbers differ and the file has no names.
+    """
+    theirs = list(metadata.get("classes") or ())
+    if not theirs:
+        _log_assumed_order(classes, path, num_classes)
+        return None
+    if theirs == list(classes):
+        return None
+    numbers = {name: number for number, name in enumerate(theirs)}
+    if any(name not in numbers for name in classes):
+        check_classes(classes, metadata, path)
+    logger.warning("the data set holds %d of the %d classes of %s, matched by name", len(classes), len(theirs), path)
+    return [numbers[name] for name in classes]
+
+
+def _log_assumed_order(classes: Sequence[str], path: Path | str, num_classes: int) -> None:
+    if len(classes) != num_classes:
+        raise CheckpointError(
+            f"the data set has {len(classes)} classes, the model {num_classes}, and {path} holds no class names to match "
+            "them by: list all class names in the model's order in DATA_PATH/classes.txt and set DATA.CLASS_ORDER file"
+        )
+    order = f"{path} holds no class names: label 0 is taken to be {classes[0]!r}, the last {classes[-1]!r}"
+    numeric = all(name.isascii() and name.isdigit() for name in classes)
+    if numeric and list(classes) != sorted(classes, key=int):
+        logger.warning("%s. These numbers are in the order of text; for 2 before 10: DATA.CLASS_ORDER numeric", order)
+    else:
+        logger.info("%s", order)
+
+
+def warn_preprocessing(
+    config: CfgNode, payload: dict[str, Any], path: Path | str, model: nn.Module | None = None
+) -> None:
+    """Warn where evaluation preprocesses differently from the checkpoint's training.
+
+    A file that does not say how is compared with what timm records for ``model``, if it is one of timm's.
+    """
     theirs = payload.get("preprocessing") or {}
+    if not theirs and config.MODEL.TYPE == "timm":
+        _warn_of_timm_preprocessing(config, model, path)
     ours = _preprocessing(config)
     for key in sorted(set(theirs) & set(ours)):
         if theirs[key] != ours[key]:
             logger.warning(
                 "preprocessing %s: %s was trained with %s, this evaluation uses %s", key, path, theirs[key], ours[key]
             )
+
+
+def _warn_of_timm_preprocessing(config: CfgNode, model: nn.Module | None, path: Path | str) -> None:
+    """Warn once if a timm model's released weights expect other images than this evaluation makes."""
+    theirs = getattr(model, "pretrained_cfg", None) or {}
+    crop = 1.0 if not config.TEST.CROP else 1 / CROP_RATIO
+    ours = {
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "crop_pct": crop,
+        "interpolation": config.DATA.INTERPOLATION,
+    }
+    other = [
+        f"{key} {theirs[key]} (here {value:.3g})" if isinstance(value, float) else f"{key} {theirs[key]} (here {value})"
+        for key, value in ours.items()
+        if theirs.get(key) is not None and theirs[key] != value
+    ]
+    if other:
+        logger.warning(
+            "timm records other preprocessing for the weights of this model (%s): %s", path, ", ".join(other)
+        )

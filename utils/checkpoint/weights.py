@@ -1,20 +1,24 @@
 """Weights from a file into a model, with a report of exactly what was used."""
 
+import copy
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from utils.checkpoint.files import first_nonfinite, load_checkpoint, resolve_source, sha256
 from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_PREFIXES = ("module.", "_orig_mod.")
+_AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|averaged)(?:[._]|$)")  # entries of averaged weights
+_DEPTH = 2  # levels of a file that are searched for weights
 _LISTED = 8  # names shown of each kind in messages
 
 
@@ -28,6 +32,7 @@ class LoadReport:
         reshaped: keys whose shape differs: ``{key: (in the file, in the model)}``.
         missing: model keys that the file lacks.
         unexpected: file keys that the model lacks.
+        fresh: keys of the classifier that fit, but are for other classes.
     """
 
     matched: list[str] = field(default_factory=list)
@@ -35,6 +40,7 @@ class LoadReport:
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """Return the report as readable lines."""
@@ -51,37 +57,143 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def extract_weights(
-    payload: Mapping[str, Any], path: Path, *, prefer_ema: bool, require_ema: bool = False
-) -> dict[str, Tensor]:
-    """Return the weights of an opened checkpoint: ours, the published ones, timm's, or a bare state_dict.
+def weight_options(config: CfgNode) -> dict[str, Any]:
+    """Return the arguments of ``load_weights`` that the configuration sets."""
+    return {
+        "key": config.MODEL.WEIGHTS_KEY,
+        "prefix": config.MODEL.STRIP_PREFIX,
+        "img_size": config.DATA.IMG_SIZE,
+    }
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An entry of a file that may hold the weights, ``prefix`` being what is taken off its names."""
+
+    entry: str  # dotted; empty: the file itself
+    prefix: str
+    weights: dict[str, Tensor]
+    fitting: int  # names that the model has too
+
+    def __str__(self) -> str:
+        where = f"entry {self.entry!r}" if self.entry else "the file itself"
+        return where + (f" without the prefix {self.prefix!r}" if self.prefix else "")
+
+
+class WeightFinder:
+    """Finds the weights of a model in files of this and other projects, whatever the entry and prefix are called.
 
     Args:
-        payload: contents of the file.
-        path: for messages.
-        prefer_ema: take the averaged weights where the file has them.
+        own: names of the model.
+        remap: see ``load_weights``.
+        key: the entry, dotted; empty: the one that fits.
+        prefix: taken off the names, entries without it are left out; empty: what all names share, if that makes more
+            of them fit.
+        prefer_ema: take averaged weights where the file has them.
         require_ema: take nothing else.
-
-    Raises:
-        CheckpointError: no weights were found.
     """
-    averages = ("ema", "model_ema", "state_dict_ema")
-    others = ("model", "state_dict", "model_state_dict", "model_ema", "ema")
-    for name in averages if require_ema else (*(averages if prefer_ema else ()), *others):
-        weights = payload.get(name)
-        if isinstance(weights, Mapping) and weights:
-            break
-    else:
-        if require_ema:
+
+    def __init__(
+        self,
+        own: Collection[str],
+        remap: Callable,
+        *,
+        key: str = "",
+        prefix: str = "",
+        prefer_ema: bool = False,
+        require_ema: bool = False,
+    ) -> None:
+        self._own, self._remap = set(own), remap
+        self._key, self._prefix = key, prefix
+        self._prefer_ema, self._require_ema = prefer_ema, require_ema
+
+    def find(self, payload: Mapping[str, Any], path: Path) -> _Candidate:
+        """Return the entry of an opened file that holds the weights.
+
+        Raises:
+            CheckpointError: there are none, or several that fit equally well; lists them and the flags that choose.
+        """
+        entries = _tensor_entries(payload)
+        if not entries:
+            raise CheckpointError(f"{path} holds no weights; its entries are {_some(list(map(str, payload)))}")
+        if self._key:
+            if self._key not in entries:
+                raise CheckpointError(
+                    f"{path} holds no weights under {self._key!r} (--weights-key): {_some(list(entries))}"
+                )
+            return self._best_prefix(self._key, entries[self._key], path)
+        averaged = {name: entries[name] for name in entries if _AVERAGE.search(name)}
+        plain = {name: entries[name] for name in entries if name not in averaged}
+        if self._require_ema and not averaged:
             raise CheckpointError(f"{path} holds no averaged weights; take its plain ones with --weights model")
-        weights = payload
-    weights = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
-    if not weights:
-        found = ", ".join(map(str, list(payload)[:_LISTED]))
-        raise CheckpointError(f"{path} holds no weights; its entries are {found}")
-    for prefix in _PREFIXES:
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
+        groups = (averaged, plain) if self._prefer_ema or self._require_ema else (plain, averaged)
+        for group in groups[:1] if self._require_ema else groups:
+            candidates = [self._best_prefix(name, weights, path) for name, weights in group.items()]
+            best = max((c.fitting for c in candidates), default=0)
+            if best:
+                return _only([c for c in candidates if c.fitting == best], path)
+        entry = max(entries, key=lambda name: len(entries[name]))
+        return self._best_prefix(entry, entries[entry], path)
+
+    def _best_prefix(self, entry: str, weights: dict[str, Tensor], path: Path) -> _Candidate:
+        weights = {name: value for name, value in weights.items() if name in self._own or not _is_counter(name)}
+        if self._prefix:
+            inside = {n.removeprefix(self._prefix): v for n, v in weights.items() if n.startswith(self._prefix)}
+            if not inside:
+                raise CheckpointError(
+                    f"{path}: no name starts with {self._prefix!r} (--strip-prefix): {_some(list(weights))}"
+                )
+            return _Candidate(entry, self._prefix, inside, self._fitting(inside))
+        best = _Candidate(entry, "", weights, self._fitting(weights))
+        prefix = ""
+        while weights and len(first := {name.partition(".")[0] for name in weights}) == 1:
+            part = f"{first.pop()}."
+            if not all(name.startswith(part) for name in weights):
+                break
+            prefix += part
+            weights = {name.removeprefix(part): value for name, value in weights.items()}
+            fitting = self._fitting(weights)
+            if fitting > best.fitting:
+                best = _Candidate(entry, prefix, weights, fitting)
+        return best
+
+    def _fitting(self, weights: dict[str, Tensor]) -> int:
+        return len(self._own & set(self._remap(weights)))
+
+
+def _tensor_entries(payload: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Return the mappings of names to tensors in a file: itself, its entries, and theirs under dotted names."""
+    found = {}
+    todo: list[tuple[str, Any, int]] = [("", payload, 0)]
+    while todo:
+        entry, content, depth = todo.pop(0)
+        tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        if any(not _is_counter(name) for name in tensors):
+            found[entry] = tensors
+        if depth < _DEPTH:
+            inner = [(k, v) for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping)]
+            todo += [(f"{entry}.{k}" if entry else k, v, depth + 1) for k, v in inner]
+    return found
+
+
+def _only(candidates: list[_Candidate], path: Path) -> _Candidate:
+    """Return the one candidate, or raise a CheckpointError that lists all."""
+    if len(candidates) > 1:
+        raise CheckpointError(
+            f"{path} holds several weights that fit this model: {'; '.join(map(str, candidates))}. "
+            f"Choose with --weights-key NAME (one of {', '.join(c.entry for c in candidates)}) and --strip-prefix PREFIX"
+        )
+    return candidates[0]
+
+
+def _is_counter(name: str) -> bool:
+    """Return whether an entry counts something for a profiler or an average, and is not a weight."""
+    return name.rpartition(".")[2] in ("total_ops", "total_params", "n_averaged")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{', '.join(names[:_LISTED])}{more}"
 
 
 def load_weights(
@@ -89,9 +201,10 @@ def load_weights(
     source: str,
     *,
     remap: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    prefer_ema: bool = False,
-    require_ema: bool = False,
     replace_head: bool = False,
+    classes: Sequence[str] | None = None,
+    img_size: int = 0,
+    **choice: Any,
 ) -> tuple[LoadReport, dict[str, Any]]:
     """Fill ``model`` from the file ``source`` and return the report and the file's other entries.
 
@@ -101,21 +214,30 @@ def load_weights(
         model: has ``get_classifier`` as timm's models do, if ``replace_head``.
         source: a path, or ``https://...#sha256=...``.
         remap: turns published names into the model's (``models.from_published``); names it does not know stay.
-        prefer_ema, require_ema: see ``extract_weights``.
-        replace_head: a classifier of another size keeps its fresh values (fine-tuning) instead of being an error.
+        replace_head: a classifier of another size or for other classes keeps its fresh values (fine-tuning) instead of
+            being an error.
+        classes: the data set's, compared with the file's if ``replace_head``.
+        img_size: side of the model's input, for messages.
+        choice: ``key``, ``prefix``, ``prefer_ema`` and ``require_ema`` of ``WeightFinder``.
 
     Raises:
         FileNotFoundError, ValueError, CheckpointError: the file cannot be used; the message has the report.
     """
     path = resolve_source(source)
-    choice = {"prefer_ema": prefer_ema, "require_ema": require_ema}
-    shapes = extract_weights(load_checkpoint(path, map_location="meta"), path, **choice)
-    report = _compare(model, shapes, remap)
-    logger.info("weights from %s (sha256 %s): %s", path, sha256(path)[:16], report.text())
-    _check_report(report, path, head=_head_keys(model), replace_head=replace_head)
+    finder = WeightFinder(model.state_dict(), remap, **choice)
+    shapes = load_checkpoint(path, map_location="meta")
+    taken = finder.find(shapes, path)
+    report = _compare(model, taken.weights, remap)
+    head = _head_keys(model) if replace_head or report.reshaped else set()
+    theirs = shapes.get("classes")
+    if replace_head and classes is not None and theirs and list(theirs) != list(classes):
+        report.fresh = [key for key in report.matched if key in head]
+        report.matched = [key for key in report.matched if key not in head]
+    logger.info("weights from %s (sha256 %s), %s: %s", path, sha256(path)[:16], taken, report.text())
+    _check_report(report, path, head=head, replace_head=replace_head, sizes=(_image_size(shapes), img_size))
 
     payload = load_checkpoint(path)
-    weights = remap(extract_weights(payload, path, **choice))
+    weights = remap(finder.find(payload, path).weights)
     bad = first_nonfinite({key: weights[key] for key in report.matched})
     if bad is not None:
         raise CheckpointError(f"{path}: the entry {bad!r} has infinite or undefined values; that run had diverged")
@@ -123,11 +245,24 @@ def load_weights(
         own = model.state_dict()
         for key in report.matched:
             own[key].copy_(weights[key])
-    fresh = ", ".join(sorted({*report.reshaped, *report.missing}))
+    fresh = ", ".join(sorted({*report.reshaped, *report.missing, *report.fresh}))
     if fresh:
-        logger.info("the classifier (%s) keeps its fresh values: the file's head has another size", fresh)
-    rest = {key: value for key, value in payload.items() if key not in ("model", "ema", "optimizer", "rank_state")}
+        why = "is for other classes" if report.fresh else "has another size"
+        logger.info("the classifier (%s) keeps its fresh values: the file's head %s", fresh, why)
+    left_out = {"model", "ema", "optimizer", "rank_state", taken.entry.partition(".")[0]}
+    rest = {k: v for k, v in payload.items() if k not in left_out and not isinstance(v, Tensor)}
     return report, rest
+
+
+def _image_size(payload: Mapping[str, Any]) -> int:
+    """Return the image size that a file says it was made for, 0 if it says none."""
+    for names in (("preprocessing", "img_size"), ("config", "DATA", "IMG_SIZE")):
+        value: Any = payload
+        for name in names:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, int):
+            return value
+    return 0
 
 
 def _compare(model: nn.Module, shapes: dict[str, Tensor], remap: Callable) -> LoadReport:
@@ -150,15 +285,22 @@ def _compare(model: nn.Module, shapes: dict[str, Tensor], remap: Callable) -> Lo
 
 
 def _head_keys(model: nn.Module) -> set[str]:
-    """Return the state-dict names of the classifier."""
+    """Return the state-dict names of the classifier: all heads, where a timm model has several."""
     if not hasattr(model, "get_classifier"):
         return set()
+    if hasattr(model, "reset_classifier"):
+        other = copy.deepcopy(model).to("meta")
+        other.reset_classifier(model.num_classes + 1)
+        shapes = {name: value.shape for name, value in other.state_dict().items()}
+        return {name for name, value in model.state_dict().items() if shapes.get(name) != value.shape}
     classifier = model.get_classifier()
     prefix = next((name for name, module in model.named_modules() if module is classifier), None)
     return {f"{prefix}.{name}" for name in classifier.state_dict()} if prefix else set()
 
 
-def _check_report(report: LoadReport, path: Path, *, head: set[str], replace_head: bool) -> None:
+def _check_report(
+    report: LoadReport, path: Path, *, head: set[str], replace_head: bool, sizes: tuple[int, int]
+) -> None:
     """Raise if weights would be left out: all of them, any that the model lacks, or any outside a replaced head."""
     own = {*report.reshaped, *report.missing}
     blocking = (own - head if replace_head else own) | set(report.unexpected)
@@ -167,7 +309,15 @@ def _check_report(report: LoadReport, path: Path, *, head: set[str], replace_hea
     elif not blocking:
         return
     elif blocking <= head and not replace_head:
-        advice = "only the classifier differs: set MODEL.NUM_CLASSES to the file's, or fine-tune with --pretrained"
+        count = next((f" ({theirs[0]})" for theirs, _ in report.reshaped.values()), "")
+        advice = (
+            f"only the classifier differs: set MODEL.NUM_CLASSES to the file's{count}, or fine-tune with --pretrained"
+        )
+    elif all(sizes) and sizes[0] != sizes[1]:
+        advice = (
+            f"the file is for images of {sizes[0]} x {sizes[0]} pixels, this model for {sizes[1]} x {sizes[1]}: "
+            f"set --opts DATA.IMG_SIZE {sizes[0]}"
+        )
     else:
-        advice = "is MODEL.* of the config the variant that the file was made with?"
+        advice = "is MODEL.* (and DATA.IMG_SIZE) of the config the variant that the file was made with?"
     raise CheckpointError(f"{path} does not fit the model: {report.text()}\n  {advice}")

@@ -4,10 +4,13 @@ from utils.config.cli import parse
 from utils.config.dumping import dump_config
 from utils.config.facts import (
     CIFAR_DATASETS,
+    CROP_RATIO,
     DATASETS,
     FOLDER_DATASETS,
+    SMALL,
     mixes,
     odd_batch_problem,
+    short_side,
 )
 from utils.config.keys import default_config, require_known_key
 from utils.config.loading import load_config, parse_config, run_folder
@@ -15,8 +18,10 @@ from utils.config.recipe import config_notices, recipe_deviations, recipe_differ
 
 __all__ = [
     "CIFAR_DATASETS",
+    "CROP_RATIO",
     "DATASETS",
     "FOLDER_DATASETS",
+    "SMALL",
     "config_notices",
     "default_config",
     "dump_config",
@@ -29,4 +34,5 @@ __all__ = [
     "recipe_differences",
     "require_known_key",
     "run_folder",
+    "short_side",
 ]

@@ -21,3 +21,17 @@ def odd_batch_problem(config: CfgNode) -> str:
         f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}, but mixup and cutmix pair the images of a batch: take an even "
         "size, or set AUG.MIXUP and AUG.CUTMIX to 0 and AUG.CUTMIX_MINMAX to None"
     )
+
+
+SMALL = 32  # pixels; up to this size, training pads and crops instead of zooming in, as published for CIFAR
+CROP_RATIO = 256 / 224  # shorter side before the centre crop, relative to the crop
+
+
+def short_side(size: int, *, crop: bool) -> int | None:
+    """Return the shorter side (pixels) of an image before the centre crop; None: both sides become ``size``, no crop.
+
+    Args:
+        size: DATA.IMG_SIZE.
+        crop: TEST.CROP, without effect on small images.
+    """
+    return size if size <= SMALL else int(CROP_RATIO * size) if crop else None

@@ -1,7 +1,7 @@
 """Exact evaluation, and throughput."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -35,6 +35,7 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     batch_transform: Callable[..., tuple[Tensor, Tensor]],
     should_stop: Callable[[], str] | None = None,
+    columns: Sequence[int] | None = None,
 ) -> EvalResult | None:
     """Evaluate on the shards of all processes; every sample counts once, whatever the number of processes. Collective.
 
@@ -48,6 +49,7 @@ def evaluate(
         autocast: makes the context of the forward pass.
         batch_transform: ``data.build_batch_transform(..., is_train=False)``.
         should_stop: asked every ``POLL_BATCHES`` batches; collective, with the same answer on all processes.
+        columns: the score of each label, where the data set holds a part of the classes; the others are left out.
 
     Returns:
         The result, the same on all processes; None if ``should_stop`` ended the evaluation.
@@ -69,7 +71,7 @@ def evaluate(
             images, targets = batch_transform(images, targets, indices, epoch=0, update=0)
             with autocast():
                 logits = model(images)
-            logits = logits.float()
+            logits = (logits if columns is None else logits[:, columns]).float()
             counts += _counts(logits, targets)
             loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
     finally:
