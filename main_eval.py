@@ -23,7 +23,7 @@ from models import build_model, from_published, inference_form
 from utils.checkpoint import class_columns, load_weights, resolve_source, sha256, warn_preprocessing, weight_options
 from utils.config import parse
 from utils.runtime import Run, start_run, write_text_atomic
-from utils.training import build_precision, evaluate, measure_throughput
+from utils.training import EvalResult, build_precision, evaluate, measure_throughput
 
 logger = logging.getLogger(__name__)
 
@@ -88,16 +88,20 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
         "%s: top-1 %.2f %%%s, loss %.4f on %d samples", source, result.acc1, top5, result.loss, result.num_samples
     )
     if process.is_main:
-        path = resolve_source(source)
-        row = {
-            **asdict(result),
-            "checkpoint": source,
-            "sha256": sha256(path),
-            "config": config.MODEL.NAME,
-            "dataset": config.DATA.DATASET,
-        }
-        write_text_atomic(process.output_dir / "eval.json", json.dumps(row, indent=1) + "\n")
-        logger.info("written to %s", process.output_dir / "eval.json")
+        write_result(config, process, result, source)
+
+
+def write_result(config: CfgNode, process: Run, result: EvalResult, source: str) -> None:
+    """Write ``eval.json``: the result and what it is the result of."""
+    row = {
+        **asdict(result),
+        "checkpoint": source,
+        "sha256": sha256(resolve_source(source)),
+        "config": config.MODEL.NAME,
+        "dataset": config.DATA.DATASET,
+    }
+    write_text_atomic(process.output_dir / "eval.json", json.dumps(row, indent=1) + "\n")
+    logger.info("written to %s", process.output_dir / "eval.json")
 
 
 def throughput(config: CfgNode, process: Run) -> None:

@@ -39,6 +39,8 @@ CASES = [
     ("--num-workers", "DATA.NUM_WORKERS", "-1", -1),
     ("--pretrained", "MODEL.PRETRAINED", "w.pth", "w.pth"),
     ("--resume", "MODEL.RESUME", "c.pth", "c.pth"),
+    ("--weights-key", "MODEL.WEIGHTS_KEY", "teacher", "teacher"),
+    ("--strip-prefix", "MODEL.STRIP_PREFIX", "model.", "model."),
     ("--epochs", "TRAIN.EPOCHS", "50", 50),
     ("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", "4", 4),
     ("--use-checkpoint", "TRAIN.USE_CHECKPOINT", None, True),

@@ -167,8 +167,8 @@ def class_columns(classes: Sequence[str], metadata: dict[str, Any], path: Path |
 def _log_assumed_order(classes: Sequence[str], path: Path | str, num_classes: int) -> None:
     if len(classes) != num_classes:
         raise CheckpointError(
-            f"the data set has {len(classes)} classes, the model {num_classes}, and {path} holds no class names to match "
-            "them by: list all class names in the model's order in DATA_PATH/classes.txt and set DATA.CLASS_ORDER file"
+            f"the data set has {len(classes)} classes, the model {num_classes}, and {path} holds no class names to "
+            "match them by: list all names in the model's order in DATA_PATH/classes.txt and set DATA.CLASS_ORDER file"
         )
     order = f"{path} holds no class names: label 0 is taken to be {classes[0]!r}, the last {classes[-1]!r}"
     numeric = all(name.isascii() and name.isdigit() for name in classes)

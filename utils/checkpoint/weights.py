@@ -181,7 +181,7 @@ def _only(candidates: list[_Candidate], path: Path) -> _Candidate:
     if len(candidates) > 1:
         raise CheckpointError(
             f"{path} holds several weights that fit this model: {'; '.join(map(str, candidates))}. "
-            f"Choose with --weights-key NAME (one of {', '.join(c.entry for c in candidates)}) and --strip-prefix PREFIX"
+            "Choose with --weights-key NAME, if need be with --strip-prefix PREFIX"
         )
     return candidates[0]
 
@@ -245,13 +245,17 @@ def load_weights(
         own = model.state_dict()
         for key in report.matched:
             own[key].copy_(weights[key])
+    _log_fresh(report)
+    left_out = {"model", "ema", "optimizer", "rank_state", taken.entry.partition(".")[0]}
+    rest = {k: v for k, v in payload.items() if k not in left_out and not isinstance(v, Tensor)}
+    return report, rest
+
+
+def _log_fresh(report: LoadReport) -> None:
     fresh = ", ".join(sorted({*report.reshaped, *report.missing, *report.fresh}))
     if fresh:
         why = "is for other classes" if report.fresh else "has another size"
         logger.info("the classifier (%s) keeps its fresh values: the file's head %s", fresh, why)
-    left_out = {"model", "ema", "optimizer", "rank_state", taken.entry.partition(".")[0]}
-    rest = {k: v for k, v in payload.items() if k not in left_out and not isinstance(v, Tensor)}
-    return report, rest
 
 
 def _image_size(payload: Mapping[str, Any]) -> int:

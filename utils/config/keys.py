@@ -114,7 +114,7 @@ _ROWS = (
     Key("DATA.ZIP_MODE", False, "read train.zip and val.zip instead of folders", affects="nothing", flag="--zip"),
     Key("DATA.CACHE_MODE", "part", "images of the archives kept in memory: none, the share of this process, or all",
         "no|part|full", affects="nothing", idle_when=when("DATA.ZIP_MODE", False), flag="--cache-mode"),
-    Key("DATA.CLASS_ORDER", "text", "which class is 0, 1, ...: names as text, as numbers, or as in DATA_PATH/classes.txt",
+    Key("DATA.CLASS_ORDER", "text", "which class is 0, 1, ...: names as text, numbers, or as in DATA_PATH/classes.txt",
         "text|numeric|file", ours=True),
     Key("DATA.PIN_MEMORY", True, "page-locked batches, for faster copies to the GPU", affects="nothing"),
     Key("DATA.NUM_WORKERS", -1, "loader processes per process; -1 = its share of the usable cores (published: 8)",
