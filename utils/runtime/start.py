@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 from utils.config import config_notices, dump_config, recipe_deviations, run_folder
 from utils.errors import CheckpointError, NonFiniteError, RunError
 from utils.runtime.distributed import get_local_rank, get_rank, get_world_size, is_distributed, on_main_process
-from utils.runtime.files import write_text_atomic
+from utils.runtime.files import side_file, write_text_atomic
 from utils.runtime.logging import setup_logging, teardown_logging
 from utils.runtime.random_state import seed_process
 
@@ -64,7 +64,9 @@ class Run:
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
             }
-            write_text_atomic(self.output_dir / "status.json", json.dumps(row, indent=1) + "\n")
+            path = self.output_dir / "status.json"
+            with side_file(path):
+                write_text_atomic(path, json.dumps(row, indent=1) + "\n")
 
     def write_failure(self, error: BaseException) -> None:
         """Write the state failed. A disk that takes nothing any more only warns: ``error`` must stay the last word."""
