@@ -75,6 +75,12 @@ def either(*checks: Check) -> Check:
     return check
 
 
+def boolean(value: Any, name: str) -> None:
+    """Accept True and False."""
+    if type(value) is not bool:
+        raise SchemaFault(f"{name} is {_brief(value)}, not True or False")
+
+
 def nothing(value: Any, name: str) -> None:
     """Accept None."""
     if value is not None:
@@ -217,7 +223,7 @@ _RNG = record(
     },
     optional={"cuda": _bytes},
 )
-_PLAIN = either(text(), number(), nothing, sequence(number()))
+_PLAIN = either(text(), boolean, number(), nothing, sequence(number()))
 PREPROCESSING = mapping(text(100), _PLAIN)
 _PROGRESS = {
     "global_step": integer(0, 2**48),
