@@ -23,7 +23,7 @@ from utils.training.state import TrainState
 
 ROOT = Path(__file__).parents[2]
 # The CPU saves the work of samples that DropPath drops; elsewhere the host does not look at the draw.
-ON_THE_CPU_ALONE = {"models/layers.py:add_residual"}
+ON_THE_CPU_ALONE = {"models/fast/blocks.py:add_residual_of_kept"}
 
 
 @pytest.fixture(scope="module")
