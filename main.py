@@ -21,8 +21,8 @@ from torch.nn.utils import clip_grad_norm_
 from yacs.config import CfgNode
 
 import main_eval
-from data import build_batch_transform, build_train_loader, build_val_loader, check_data
-from models import accelerate, build_model, from_published
+from data import build_batch_transform, build_train_loader, build_val_loader, check_data, check_transform
+from models import accelerate, build_model, check_model, from_published
 from utils.checkpoint import BEST, CheckpointStore, checkpoint_metadata, load_weights, starting_point
 from utils.config import parse
 from utils.runtime import Run, StopRequest, start_run, torch_random_state
@@ -39,6 +39,7 @@ from utils.training import (
     build_optimizer,
     build_precision,
     build_scheduler,
+    check_compiler,
     compile_and_warm_up,
     epoch_row,
     evaluate,
@@ -101,7 +102,10 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
 
 
 def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
-    """Build everything around the model. Problems with the data are found here, before the model is built."""
+    """Build everything around the model. Problems with settings and data are found here, before the model is built."""
+    check_transform(config)
+    check_model(config, run.device)
+    check_compiler(config, run.device)
     loader = build_train_loader(config, device=run.device)
     val_loader = build_val_loader(config, device=run.device)
     check_data(config, loader.dataset, val_loader.dataset)

@@ -18,8 +18,8 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
-from data import build_batch_transform, build_val_loader, check_data
-from models import build_model, from_published, inference_form
+from data import build_batch_transform, build_val_loader, check_data, check_transform
+from models import build_model, check_model, from_published, inference_form
 from utils.checkpoint import check_classes, load_weights, resolve_source, sha256, warn_preprocessing
 from utils.config import parse
 from utils.runtime import Run, start_run, write_text_atomic
@@ -60,6 +60,8 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
     source = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not source:
         raise ValueError("no checkpoint to evaluate: name one with --resume FILE")
+    check_transform(config)
+    check_model(config, process.device, training=False)
     loader = build_val_loader(config, device=process.device)
     check_data(config, None, loader.dataset)
     model = build_model(config).to(process.device)
@@ -96,6 +98,7 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
 
 def throughput(config: CfgNode, process: Run) -> None:
     """Log the images per second of the forward pass on random images; neither data nor a checkpoint is needed."""
+    check_model(config, process.device, training=False)
     model: nn.Module = build_model(config).to(process.device).eval()
     model = inference_form(model)
     precision = build_precision(config, process.device)

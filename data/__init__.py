@@ -4,6 +4,7 @@ from data.build import build_dataset, build_train_loader, build_val_loader
 from data.checks import check_data
 from data.images.batch import build_batch_transform
 from data.images.decode import decode_image, jpeg_complaint
+from data.images.transforms import check_transform
 from data.loading.collate import collate
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "build_train_loader",
     "build_val_loader",
     "check_data",
+    "check_transform",
     "collate",
     "decode_image",
     "jpeg_complaint",

@@ -2,6 +2,10 @@
 
 import inspect
 import logging
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -48,6 +52,25 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
     return DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **unsynced
     )
+
+
+def check_compiler(config: CfgNode, device: torch.device) -> None:
+    """Look for the compiler that ``TRAIN.COMPILE`` needs.
+
+    Raises:
+        ValueError: there is none; what was looked for is named.
+    """
+    if not config.TRAIN.COMPILE:
+        return
+    cpp = ("clang++",) if sys.platform == "darwin" else ("g++",)
+    variable, usual = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", cpp)
+    named = shlex.split(os.environ.get(variable, ""))
+    wanted = named[:1] or usual
+    if not any(shutil.which(name) for name in wanted):
+        raise ValueError(
+            f"TRAIN.COMPILE is True, but no compiler was found ({' or '.join(wanted)}): install one, name one in the "
+            f"environment variable {variable}, or set TRAIN.COMPILE False"
+        )
 
 
 def compile_model(model: nn.Module) -> None:
