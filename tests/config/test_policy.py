@@ -81,7 +81,8 @@ def test_a_clipped_magnitude_and_mixing_that_never_happens_are_noticed():
 @pytest.mark.parametrize("pipeline", ["fast", "reference"])
 @pytest.mark.parametrize("size", [32, 64])
 def test_each_interpolation_runs_in_each_pipeline(interpolation, pipeline, size):
-    check_transform(configured(DATA__INTERPOLATION=interpolation, DATA__PIPELINE=pipeline, DATA__IMG_SIZE=size))
+    values = {"DATA__INTERPOLATION": interpolation, "DATA__PIPELINE": pipeline, "DATA__IMG_SIZE": size}
+    check_transform(configured(AUG__AUTO_AUGMENT="none", **values))
 
 
 @pytest.mark.parametrize("key", ["DATA.DATA_PATH", "DATA.VAL_CACHE", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT"])

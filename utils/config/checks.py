@@ -111,6 +111,12 @@ def _check_augmentation(config: CfgNode) -> Iterator[Problem]:
     problem = policy_problem(policy) if policy not in ("", "none") else ""
     if problem:
         yield Problem(("AUG.AUTO_AUGMENT",), f"AUG.AUTO_AUGMENT is {reprlib.repr(policy)}: {problem}; none = off")
+    if policy not in ("", "none") and config.DATA.INTERPOLATION == "lanczos":
+        yield Problem(
+            ("DATA.INTERPOLATION", "AUG.AUTO_AUGMENT"),
+            "DATA.INTERPOLATION is lanczos, with which the operations of AUG.AUTO_AUGMENT cannot rotate or shear; take "
+            "bicubic, bilinear or nearest, or AUG.AUTO_AUGMENT none",
+        )
     for key in ("SCALE", "RATIO", "CUTMIX_MINMAX"):
         low, high = aug[key] or (0.0, 0.0)
         if math.isfinite(low) and low > high:
