@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,7 @@ def check_model(config: "CfgNode", device: torch.device, *, training: bool = Tru
         ValueError: the model cannot be built or run, or needs more memory than there is; the keys are named.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), _silenced(build_model.__module__):
             model = build_model(config).train(training)
             kept = _kept_bytes(model, config, training=training)
     except Exception as error:  # whatever a model of timm raises
@@ -51,6 +53,17 @@ def check_model(config: "CfgNode", device: torch.device, *, training: bool = Tru
             f"{config.MODEL.NUM_CLASSES} needs at least {needed / 1e9:,.1f} GB of memory, but {device} has "
             f"{memory / 1e9:,.1f} GB; take a smaller model, image or batch"
         )
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Keep back what building logs; it is logged when the model is built to be used."""
+    log = logging.getLogger(name)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _kept_bytes(model: nn.Module, config: "CfgNode", *, training: bool) -> int:

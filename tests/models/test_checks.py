@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import check_transform
-from models import check_model
+from models import build_model, check_model
 from utils.config import load_config, parse_config
 from utils.runtime import random_state
 
@@ -58,3 +58,11 @@ def test_shipped_configs_pass_and_no_random_number_is_used(path):
     assert before["python"] == after["python"]
     assert torch.equal(before["torch"], after["torch"])
     assert torch.equal(before["numpy"][1], after["numpy"][1])
+
+
+def test_what_building_logs_is_logged_once(caplog):
+    config = parse_config("", "a test", timm("dla46_c") | {"DATA.BATCH_SIZE": 2})
+    check_model(config, CPU)
+    assert caplog.messages == []
+    build_model(config)
+    assert ["takes no drop_path_rate" in text for text in caplog.messages] == [True]
