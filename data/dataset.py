@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from data.images.transforms import Transform
 from data.loading.collate import Sample
 from data.sources.base import Source
-from utils.errors import ImageReadError
+from utils.errors import ImageReadError, RunError
 from utils.runtime import integer_seed, seed_streams, streams_restored
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class ImageDataset(Dataset):
         Raises:
             ImageReadError: the image cannot be read; names path, index and class.
             RuntimeError: the transform failed on it; names them too.
+            RunError: the fault is not the image's: too many files are open.
         """
         return self.__getitems__([key])[0]
 
@@ -101,6 +102,8 @@ class ImageDataset(Dataset):
             raise ImageReadError(
                 f"cannot read image {self.describe(index)}: {error}. tools/check_data.py lists all such files"
             ) from error
+        except RunError:
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"the transform failed on {self.describe(index)}: {error} [{type(error).__name__}]"

@@ -223,7 +223,9 @@ def located_errors(session: Session, state: TrainState) -> Iterator[None]:
         position = session.position_text(state.progress)
         if position not in str(error):
             error.add_note(f"at {position}")
-        if "DataLoader worker" in str(error) and "DATA.NUM_WORKERS" not in str(error):
+        text = str(error)
+        died = "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text)
+        if died and "DATA.NUM_WORKERS" not in text:
             error.add_note(
                 "a data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
                 "container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE"

@@ -4,15 +4,18 @@ Folders, their order and the order of files are those of torchvision's ImageFold
 what desktops and tools leave behind does not, each folder is entered once, and what cannot be a readable file is named.
 """
 
+import errno
 import logging
 import os
+import re
 import stat
+from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.errors import ImageReadError
+from utils.errors import ImageReadError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +122,7 @@ def read_image_file(path: str) -> bytes:
 
     Raises:
         ImageReadError: the file cannot be read, or is not a regular file.
+        RunError: this process has too many open files.
     """
     try:
         with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
@@ -127,7 +131,28 @@ def read_image_file(path: str) -> bytes:
                 raise ImageReadError(f"not a regular file but {_KINDS.get(stat.S_IFMT(mode), 'something else')}")
             return file.read()
     except OSError as error:
-        raise ImageReadError(f"{error.strerror} [{type(error).__name__}]") from error
+        raise image_error(error) from error
+
+
+def expanded_path(text: str) -> Path:
+    """Return a path of a command line with ``~`` and ``$VARIABLE`` replaced, which the shell leaves in ``--flag=~/x``.
+
+    Raises:
+        ArgumentTypeError: a variable that is not set.
+    """
+    path = os.path.expandvars(os.path.expanduser(text))
+    unset = re.search(r"\$(\w+|\{[^}]*\})", path)
+    if unset:
+        raise ArgumentTypeError(f"{text!r}: the variable {unset[0]} is not set")
+    return Path(path)
+
+
+def image_error(error: OSError) -> ImageReadError | RunError:
+    """Return what a failure to read an image file means: for that image, or for the whole run."""
+    text = f"{error.strerror or error} [{type(error).__name__}]"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return RunError(f"{text}: raise the limit of open files with `ulimit -n 4096`, or lower DATA.NUM_WORKERS")
+    return ImageReadError(text)
 
 
 def some(names: Iterable[str]) -> str:

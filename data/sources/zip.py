@@ -27,6 +27,7 @@ from tqdm import tqdm
 from data.images.decode import Picture, decode_image
 from data.loading.shared_memory import SharedItems
 from data.sources.base import PackedStrings
+from data.sources.listing import image_error
 from utils.errors import ImageReadError
 from utils.runtime import get_rank, get_world_size
 
@@ -110,8 +111,10 @@ class ZipSource:
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
             start = offset + _LOCAL_HEADER.size + name_length + extra_length
             stored = os.pread(file, size, start)
-        except (OSError, struct.error) as error:
-            raise ImageReadError(f"the archive cannot be read: {error} [{type(error).__name__}]") from error
+        except OSError as error:
+            raise image_error(error) from error
+        except struct.error as error:
+            raise ImageReadError("the archive is truncated, or was changed during the run") from error
         if signature != b"PK\x03\x04" or len(stored) != size:
             raise ImageReadError("the archive is truncated, or was changed during the run")
         return stored
