@@ -176,14 +176,15 @@ def _decode_map(file: Path) -> str:
     data = file.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
+        if encoding == "utf-8-sig" and b"\0" in data:
+            raise UnicodeDecodeError(encoding, data, data.index(0), len(data), "zero bytes: UTF-16 without its mark?")
         text = data.decode(encoding)
-        if "\0" in text:
-            raise UnicodeDecodeError(encoding, data, data.index(0), len(data), "a zero byte")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        source = "utf-16le" if b"\0" in data else "latin1"
         raise ValueError(
             f"{file}, line {line}: not {encoding.removesuffix('-sig')} text ({error.reason}); save the file as UTF-8, "
-            f"for example with: iconv -f latin1 -t utf-8 {file} > NEW"
+            f"for example with: iconv -f {source} -t utf-8 {file} > NEW"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
