@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from data.images.transforms import Transform
 from data.loading.collate import Sample
+from data.loading.shared_memory import shared_zeros
 from data.sources.base import Source
 from utils.errors import ImageReadError, RunError
 from utils.runtime import integer_seed, seed_streams, streams_restored
@@ -46,7 +47,7 @@ class ImageDataset(Dataset):
         self.targets = source.targets
         self._seed = seed
         # one flag per image, in memory that the data workers share with the main process
-        self._bad = torch.zeros(len(source.targets), dtype=torch.bool).share_memory_() if skip_bad else None
+        self._bad = shared_zeros(len(source.targets), torch.bool) if skip_bad else None
 
     def __len__(self) -> int:
         return len(self.targets)

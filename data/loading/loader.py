@@ -12,11 +12,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.loading.collate import as_tensors, collate_arrays
+from data.loading.shared_memory import FULL_SHM, shared_zeros
 from utils.errors import RunError
 from utils.runtime import JOB_SIGNALS
 
 _SIGNAL_SECONDS = 0.5
-_FILES, _FILES_PER_WORKER = 12, 5  # open files of this process: queues and batches in flight
+_FILES, _FILES_PER_WORKER = 4, 4  # that this process opens: queues, sentinels, batches in flight
+_LOCKS, _LOCKS_PER_WORKER = 8, 3  # of the queue of results and the event of the end, and of each worker's queue
 _NO_FILES = ("Too many open files", "items of ancdata")  # the second is how a socket loses a file that nobody can open
 _NO_SHARED_MEMORY = ("No space left on device", "unable to allocate shared memory")
 _KILL_SECONDS = 5  # a process in an uninterruptible read of a dead network disk ends later, or never
@@ -33,7 +35,7 @@ class WorkerInit:
     """
 
     def __init__(self, num_workers: int) -> None:
-        self._pids = torch.zeros(max(num_workers, 1), dtype=torch.int64).share_memory_()
+        self._pids = shared_zeros(max(num_workers, 1), torch.int64)
 
     def __call__(self, worker_id: int) -> None:
         for number in JOB_SIGNALS:
@@ -103,8 +105,9 @@ class ImageLoader(DataLoader):
     def _start(self) -> Iterator:
         """Return an iterator over the batches of a pass; its workers are started if need be."""
         if self.num_workers and self._iterator is None:
-            _check_sockets()
-            _check_open_files(self.num_workers)
+            _try_sockets()
+            _try_open_files(self.num_workers)
+            _try_locks(self.num_workers)
         # a worker inherits the mask, so a signal before its start-up has run does not kill it
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
         try:
@@ -129,7 +132,7 @@ class ImageLoader(DataLoader):
         self._iterator = None
 
 
-def _check_sockets() -> None:
+def _try_sockets() -> None:
     """Raise RunError unless a socket can be made where the workers make theirs, which pass on memory of batches."""
     if torch.multiprocessing.get_sharing_strategy() != "file_descriptor":
         return
@@ -142,7 +145,13 @@ def _check_sockets() -> None:
         ) from error
 
 
-def _check_open_files(num_workers: int) -> None:
+def _try_locks(num_workers: int) -> None:
+    """Raise OSError unless /dev/shm has room for the locks of the workers' queues."""
+    locks = [multiprocessing.Semaphore() for _ in range(_LOCKS + _LOCKS_PER_WORKER * num_workers)]
+    locks.clear()
+
+
+def _try_open_files(num_workers: int) -> None:
     """Raise OSError unless this process may open the files that the workers need."""
     opened = []
     try:
@@ -169,6 +178,8 @@ def _batches(iterator: Iterator) -> Iterator:
     try:
         yield from iterator
     except (OSError, EOFError) as error:
+        if str(error).startswith("Caught "):  # raised in a worker, which lives on
+            raise
         time.sleep(_SIGNAL_SECONDS)  # meanwhile torch's handler of SIGCHLD may raise a better error, naming the signal
         raise RuntimeError(f"DataLoader worker exited unexpectedly: {error!r}") from error
 
@@ -181,10 +192,7 @@ def _advice(message: str) -> str | None:
             "or lower DATA.NUM_WORKERS."
         )
     if any(text in message for text in _NO_SHARED_MEMORY):
-        return (
-            "/dev/shm, where data workers keep their locks, is full: make it larger (in a container: --shm-size 1g), "
-            "or lower DATA.NUM_WORKERS."
-        )
+        return FULL_SHM
     if "DataLoader timed out" in message:
         return (
             "No batch arrived within DATA.LOADER_TIMEOUT seconds: does the storage of DATA.DATA_PATH hang? Slow "
