@@ -60,5 +60,5 @@ def _stack_shared(pictures: Sequence[np.ndarray]) -> Tensor:
         storage = torch.UntypedStorage._new_shared_fd_cpu(file, len(pictures) * pictures[0].nbytes)
     finally:
         os.close(file)
-    dtype = torch.from_numpy(pictures[0]).dtype
+    dtype = torch.from_numpy(np.empty(0, pictures[0].dtype)).dtype  # read-only arrays would give a warning
     return torch.empty(0, dtype=dtype).set_(storage, 0, (len(pictures), *pictures[0].shape))

@@ -253,7 +253,7 @@ def _find_members(archive: Path, map_file: Path, listed: MapLines) -> list[zipfi
         raise FileNotFoundError(
             f"{map_file} lists {len(missing)} files that {archive} does not hold, the first in line "
             f"{listed.lines[first]}: {listed.paths[first]!r}{header}; the archive's names are such as "
-            f"{next(iter(directory), 'none')!r}"
+            f"{next((name for name in directory if not name.endswith('/')), 'none')!r}"
         )
     taken = {entry.filename for entry in entries}
     left = sum(not entry.is_dir() for entry in directory.values()) - len(taken)

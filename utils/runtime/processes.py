@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 
-from utils.errors import RunError
 from utils.runtime.distributed import attempt, gather_objects, get_local_rank, get_local_world_size
 
 
@@ -15,7 +14,7 @@ def once_per_machine(action: Callable[[], object], *, what: str) -> None:
         what: its name, for the error message.
 
     Raises:
-        RunError: ``action`` failed on some machine; the message repeats the reason.
+        RuntimeError: ``action`` failed on some machine; the message repeats the reason.
     """
     failure = ""
     _, error = attempt(action) if get_local_rank() == 0 else (None, None)
@@ -24,7 +23,7 @@ def once_per_machine(action: Callable[[], object], *, what: str) -> None:
         failure = f"{what} failed: {''.join(reason)} [{type(error).__name__}]"
     failures = [text for text in gather_objects(failure) if text]  # also the barrier that the others wait at
     if failures:
-        raise RunError("; ".join(sorted(set(failures)))) from error
+        raise RuntimeError("; ".join(sorted(set(failures)))) from error
 
 
 def usable_cores(*, shared: bool = True) -> int:

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from yacs.config import CfgNode
 
 from utils.config import config_notices, dump_config, recipe_deviations, run_folder
-from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError
+from utils.errors import CheckpointError, NonFiniteError, RunError
 from utils.runtime.distributed import get_local_rank, get_rank, get_world_size, is_distributed, on_main_process
 from utils.runtime.files import write_text_atomic
 from utils.runtime.logging import setup_logging, teardown_logging
@@ -31,7 +31,7 @@ from utils.runtime.random_state import seed_process
 logger = logging.getLogger(__name__)
 
 # Errors whose message says all: what is wrong, where, and what to do.
-USER_ERRORS = (ValueError, OSError, CheckpointError, ImageReadError, NonFiniteError, RunError)
+USER_ERRORS = (ValueError, OSError, CheckpointError, NonFiniteError, RunError)
 
 
 @dataclass(frozen=True)
