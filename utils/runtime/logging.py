@@ -10,7 +10,7 @@ _DATE = "%Y-%m-%d %H:%M:%S"
 
 
 class _ConsoleFormatter(logging.Formatter):
-    """Leaves out the traceback of records marked ``brief``: their message says all."""
+    """Omits the traceback of records marked ``brief``, whose message says all."""
 
     def format(self, record: logging.LogRecord) -> str:
         if not getattr(record, "brief", False):
@@ -24,7 +24,7 @@ def setup_logging(output_dir: Path | None, rank: int) -> None:
 
     Args:
         output_dir: existing folder, or None for no file.
-        rank: rank of this process; other ranks than 0 show warnings and errors only on the console.
+        rank: rank of this process; ranks other than 0 show only errors on the console.
     """
     root = logging.getLogger()
     root.setLevel(logging.INFO)
