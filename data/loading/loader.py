@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.loading.collate import as_tensors, collate_arrays
+from utils.errors import RunError, one_line
 from utils.runtime import JOB_SIGNALS
 
 _SIGNAL_SECONDS = 0.5
@@ -94,7 +95,7 @@ class ImageLoader(DataLoader):
             self._stop(iterator)
             if advice is None:
                 raise
-            raise RuntimeError(f"{error}\n{advice}") from error
+            raise RunError(f"{one_line(error)} {advice}") from error
 
     def close(self) -> None:
         """Stop the workers. A later pass starts new ones.
