@@ -78,6 +78,7 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     model, state = build_training(session)
     load_starting_point(state, session, allow_change)
     progress = state.progress
+    run.write_recipe(config)
     if run.is_main:
         trim_metrics(run.output_dir / "metrics.jsonl", progress.epoch)
     session.check_free_space(state)

@@ -65,6 +65,15 @@ class Run:
             }
             write_text_atomic(self.output_dir / "status.json", json.dumps(row, indent=1) + "\n")
 
+    def write_recipe(self, config: CfgNode) -> None:
+        """Write ``config.yaml`` and ``deviations.json`` on rank 0, once it is known that the run goes on with them."""
+        if self.is_main:
+            deviations = recipe_deviations(config)
+            rows = {key: {"published": published, "actual": actual} for key, (published, actual) in deviations.items()}
+            write_text_atomic(self.output_dir / "config.yaml", dump_config(config))
+            text = json.dumps(rows, indent=1, default=list) + "\n"
+            write_text_atomic(self.output_dir / "deviations.json", text)
+
     def write_end(self, error: BaseException) -> None:
         """Write how an error or a signal ended the run; on a disk that takes nothing any more, only warn."""
         try:
@@ -81,9 +90,8 @@ class Run:
 def start_run(config: CfgNode, *, training: bool = True) -> Iterator[Run]:
     """Open a run and close it again, whatever happens inside.
 
-    Console -> process group -> device -> seeds -> output folder and its lock -> log file -> ``config.yaml``,
-    ``deviations.json`` and ``status.json``. A process group always exists: NCCL and gloo with a GPU, gloo on the CPU,
-    one process without a launcher.
+    Console -> device -> process group -> seeds -> output folder and its lock -> log file -> ``status.json``. A process
+    group always exists: NCCL and gloo with a GPU, gloo on the CPU, one process without a launcher.
 
     Args:
         config: frozen config.
@@ -107,7 +115,7 @@ def start_run(config: CfgNode, *, training: bool = True) -> Iterator[Run]:
         opened = run if training else None  # from here on, its status.json is ours to write
         _log_start(config, run)
         if training:
-            _record_recipe(config, run)
+            _log_deviations(config)
             run.write_status("running")
         yield run
     except BaseException as error:
@@ -214,13 +222,9 @@ def _log_start(config: CfgNode, run: Run) -> None:
         logger.warning(notice)
 
 
-def _record_recipe(config: CfgNode, run: Run) -> None:
-    """Log the deviations from the published recipe; write ``config.yaml`` and ``deviations.json``."""
+def _log_deviations(config: CfgNode) -> None:
+    """Log the deviations from the published recipe."""
     deviations = recipe_deviations(config)
     logger.info("deviations from the published recipe: %s", "none" if not deviations else "")
     for key, (published, actual) in deviations.items():
         logger.info("  %s: published %s, here %s", key, published, actual)
-    if run.is_main:
-        write_text_atomic(run.output_dir / "config.yaml", dump_config(config))
-        rows = {key: {"published": published, "actual": actual} for key, (published, actual) in deviations.items()}
-        write_text_atomic(run.output_dir / "deviations.json", json.dumps(rows, indent=1, default=list) + "\n")
