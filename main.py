@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 import main_eval
 from data import build_batch_transform, build_train_loader, build_val_loader, check_data
-from models import build_model, from_published
+from models import accelerate, build_model, from_published
 from utils.checkpoint import BEST, CheckpointStore, checkpoint_metadata, load_weights, starting_point
 from utils.config import parse
 from utils.runtime import Run, StopRequest, start_run, torch_random_state
@@ -130,7 +130,7 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
 def build_training(session: Session) -> tuple[DistributedDataParallel, TrainState]:
     """Build the model, its distributed wrapper and what trains it; the state holds the bare model."""
     config, run, precision = session.config, session.run, session.precision
-    model = build_model(config).to(run.device)
+    model = accelerate(build_model(config).to(run.device), run.device)
     ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN)
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)
@@ -292,7 +292,7 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
 def validate(state: TrainState, session: Session) -> EvalResult | None:
     """Evaluate the model, or its averaged weights if there are any, on the whole validation set; None after a stop."""
     model = state.eval_model
-    # a compiled model: a last, smaller batch is no reason to compile again
+    # if the model is compiled: run a last, smaller batch as it is rather than compile again
     with averaged_batchnorm(model), torch.compiler.set_stance("eager_on_recompile"):
         return evaluate(
             model,

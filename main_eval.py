@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
 from data import build_batch_transform, build_val_loader, check_data
-from models import build_model, from_published
+from models import build_model, from_published, inference_form
 from utils.checkpoint import check_classes, load_weights, resolve_source, sha256, warn_preprocessing
 from utils.config import parse
 from utils.runtime import Run, StopRequest, start_run, write_text_atomic
@@ -112,11 +112,6 @@ def throughput(config: CfgNode, process: Run) -> None:
         size,
         precision.description,
     )
-
-
-def inference_form(model: nn.Module) -> nn.Module:
-    """Return the model's form for inference where it has one (the same scores, faster), else the model."""
-    return model.to_inference() if hasattr(model, "to_inference") else model
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stops by signal and by the clock: all processes leave at the same update, save, say so, and leave nobody behind."""
+"""Stops by signal and by the clock: all processes stop at the same update, save and say so; none is left behind."""
 
 import signal
 import time

@@ -8,8 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hubconf
-from models import StripMLPNet, build_model
+from models import StripMLPNet, accelerate, build_model, inference_form
+from models.blocks import StripMLPBlock
 from models.strip_mlp import default_cfgs
+from tests.builders import tiny_network
 from tests.golden.load import golden_model, images, training_step
 
 NANO = {"img_size": 32, "num_classes": 5, "embed_dim": 16, "depths": (1, 1, 1, 1)}
@@ -160,19 +162,36 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert not missing
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
-    plain, lean = (golden_model("nano32", drop_path_rate=0.2) for _ in range(2))
-    lean.set_grad_checkpointing()
+@pytest.mark.parametrize("form", ("plain", "accelerated"))
+def test_gradient_checkpointing_changes_nothing(form: str) -> None:
+    keeping, checkpointing = (golden_model("nano32", drop_path_rate=0.2) for _ in range(2))
+    checkpointing.set_grad_checkpointing()
     x = images("nano32", 4)
     losses = []
-    for model in (plain, lean):
+    for model in (keeping, checkpointing):
+        if form == "accelerated":
+            accelerate(model, torch.device("cpu"))
         torch.manual_seed(0)
         losses.append(training_step(model, x)[0])
     assert torch.equal(*losses)
-    for (name, expected), parameter in zip(plain.named_parameters(), lean.parameters(), strict=True):
+    for (name, expected), parameter in zip(keeping.named_parameters(), checkpointing.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
-    for (name, expected), buffer in zip(plain.named_buffers(), lean.buffers(), strict=True):
+    for (name, expected), buffer in zip(keeping.named_buffers(), checkpointing.buffers(), strict=True):
         assert torch.equal(buffer, expected), name
+
+
+def test_accelerate_asks_the_device() -> None:
+    kinds = {device: type(accelerate(tiny_network(), torch.device(device)).stages[0][0]) for device in ("cpu", "cuda")}
+    assert kinds["cuda"] is StripMLPBlock
+    assert kinds["cpu"] is not StripMLPBlock
+
+
+def test_a_baseline_has_no_other_form() -> None:
+    baseline = timm.create_model("resnet18", num_classes=3)
+    kinds = list(map(type, baseline.modules()))
+    assert inference_form(accelerate(baseline, torch.device("cpu"))) is baseline
+    assert list(map(type, baseline.modules())) == kinds
+    assert type(inference_form(tiny_network())) is type(tiny_network().to_inference())
 
 
 def test_build_strip_mlp() -> None:

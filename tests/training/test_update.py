@@ -1,5 +1,6 @@
 """An update does no more than it must: fused, one reduction, no waiting for the device."""
 
+import math
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -77,6 +78,38 @@ def test_one_reduction_per_update_however_many_micro_batches(tiny: TinyRun, step
     assert len(reduced) == state.progress.global_step  # the tiny model is one bucket
 
 
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+@pytest.mark.parametrize("limit", (0.01, 0.0), ids=("clipped", "not clipped"))
+def test_gradients_are_clipped(tiny: TinyRun, limit: float) -> None:
+    """One update of plain SGD moves the weights by the rate times the norm of the gradient."""
+    sgd = ("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.0, "TRAIN.WEIGHT_DECAY", 0.0)
+    words = ("--accumulation-steps", 6, "--opts", *sgd, "TRAIN.CLIP_GRAD", limit)
+    with training(tiny, *words, tag=f"clip{limit}") as (session, model, state):
+        lr, before = state.optimizer.param_groups[0]["lr"], flat(state.model)
+        row = main.train_one_epoch(model, state, session)
+        moved = float((flat(state.model) - before).norm())
+    assert row["grad_norm"] > 0.1
+    assert moved == pytest.approx(lr * (limit or row["grad_norm"]), rel=1e-2)
+
+
+def test_the_average_moves_with_every_update(tiny: TinyRun) -> None:
+    words = ("--accumulation-steps", 6, "--opts", "TRAIN.EMA_DECAY", 0.75, "TRAIN.EMA_WARMUP", False)
+    with training(tiny, *words, tag="average") as (session, model, state):
+        before = flat(state.model)
+        main.train_one_epoch(model, state, session)
+        torch.testing.assert_close(flat(state.ema.module), 0.75 * before + 0.25 * flat(state.model))
+
+
+def test_the_rate_follows_the_schedule(tiny: TinyRun) -> None:
+    with training(tiny, "--opts", "TRAIN.MIN_LR", 0.0, tag="rate") as (session, model, state):
+        main.train_one_epoch(model, state, session)
+        rate = state.optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * 5 / 12)) / 2)  # set after the sixth of twelve updates
+
+
 class HostReads(TorchDispatchMode):
     """Notes where the host asks for a value that a device would have to finish first."""
 
@@ -141,3 +174,17 @@ def test_the_gpu_is_never_waited_for(tiny: TinyRun, monkeypatch: pytest.MonkeyPa
             main.train_one_epoch(model, state, session)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_save_restarts_the_clock_of_the_next(tiny: TinyRun) -> None:
+    with training(tiny, tag="clock") as (session, _, state):
+        session.stop.save_due = True
+        path = session.save(state, ("extra.pth",))
+        assert not session.stop.save_due
+        assert path.samefile(path.with_name("extra.pth"))
+
+
+def test_a_log_line_is_due_every_so_many_updates_and_after_the_last_of_an_epoch(tiny: TinyRun) -> None:
+    with training(tiny, "--opts", "PRINT_FREQ", 4, tag="due") as (session, _, _):
+        assert session.updates_per_epoch == 6
+        assert [done for done in range(1, 13) if session.log_due(done)] == [4, 6, 10, 12]

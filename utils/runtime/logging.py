@@ -12,7 +12,7 @@ _EARLY_RECORDS = 1000
 
 
 class _ConsoleFormatter(logging.Formatter):
-    """Leaves out the traceback of records marked ``brief``: their message says all."""
+    """Omits the traceback of records marked ``brief``, whose message says all."""
 
     def format(self, record: logging.LogRecord) -> str:
         if not getattr(record, "brief", False):
@@ -25,7 +25,7 @@ def setup_logging(rank: int) -> None:
     """Send the root logger to the console (stdout), and keep the records until ``add_log_file`` has a file for them.
 
     Args:
-        rank: rank of this process; other ranks than 0 show errors only.
+        rank: rank of this process; ranks other than 0 show only errors.
     """
     root = logging.getLogger()
     root.setLevel(logging.INFO)
