@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.loading.collate import as_tensors, collate_arrays
 from data.loading.shared_memory import FULL_SHM, shared_zeros
-from utils.errors import RunError
+from utils.errors import RunError, one_line
 from utils.runtime import JOB_SIGNALS
 
 _SIGNAL_SECONDS = 0.5
@@ -96,7 +96,7 @@ class ImageLoader(DataLoader):
                 self._start_up.kill_remaining()  # torch would wait five seconds for each one that hangs
             self._stop(iterator)
             if advice is not None:
-                raise RunError(f"{str(error).strip().splitlines()[-1]}. {advice}") from error
+                raise RunError(f"{one_line(error).rstrip('. ')}. {advice}") from error
             original = _original(error)
             if original is None:
                 raise
