@@ -62,14 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         main_eval.run(args, config)
         return
     stop = StopRequest(config.TRAIN.MAX_RUN_MINUTES, config.TRAIN.SAVE_MINUTES)
-    with start_run(config) as run, stop:
-        run.write_status("running")
-        try:
-            with build_session(config, run, stop) as session:
-                train(session, allow_change=args.allow_change)
-        except BaseException as error:
-            run.write_failure(error)
-            raise
+    with stop, start_run(config) as run, build_session(config, run, stop) as session:
+        train(session, allow_change=args.allow_change)
+    if stop.exit_code:
+        raise SystemExit(stop.exit_code)
 
 
 def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
@@ -83,8 +79,11 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     model, state = build_training(session)
     load_starting_point(state, session, allow_change)
     progress = state.progress
+    run.write_recipe(config)
     if run.is_main:
         trim_metrics(run.output_dir / "metrics.jsonl", progress.epoch)
+    session.check_free_space(state)
+    session.stop.begin_training()
     while progress.epoch < config.TRAIN.EPOCHS:
         with located_errors(session, state):
             row = train_one_epoch(model, state, session)

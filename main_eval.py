@@ -22,7 +22,7 @@ from data import build_batch_transform, build_val_loader, check_data, check_tran
 from models import build_model, check_model, from_published, inference_form
 from utils.checkpoint import check_classes, load_weights, resolve_source, sha256, warn_preprocessing
 from utils.config import parse
-from utils.runtime import Run, start_run, write_text_atomic
+from utils.runtime import Run, StopRequest, start_run, write_text_atomic
 from utils.training import build_precision, evaluate, measure_throughput
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: Namespace, config: CfgNode) -> None:
     """Do what the flags ask for: evaluate, or measure throughput."""
-    with start_run(config, locked=False) as process:
+    with StopRequest(), start_run(config, training=False) as process:
         if config.THROUGHPUT_MODE:
             throughput(config, process)
         else:

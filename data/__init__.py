@@ -6,6 +6,7 @@ from data.images.batch import build_batch_transform
 from data.images.decode import decode_image, jpeg_complaint
 from data.images.transforms import check_transform
 from data.loading.collate import collate
+from data.sources.listing import expanded_path, list_images, read_image_file
 
 __all__ = [
     "build_batch_transform",
@@ -16,5 +17,8 @@ __all__ = [
     "check_transform",
     "collate",
     "decode_image",
+    "expanded_path",
     "jpeg_complaint",
+    "list_images",
+    "read_image_file",
 ]

@@ -142,9 +142,11 @@ class Job:
         return json.loads((self.folder / "status.json").read_text())
 
     def assert_ok(self, state: str = "completed") -> "Job":
-        """Assert that all processes ended with 0 and that status.json says ``state``."""
-        assert self.codes == [0] * len(self.pids), self.text()
+        """Assert the state, and that all processes ended with 0 or with 128 + the signal that stopped them."""
         assert self.status()["state"] == state, self.text()
+        reason = self.status().get("reason", "")
+        code = 128 + signal.Signals[reason] if reason in signal.Signals.__members__ else 0
+        assert self.codes == [code] * len(self.pids), self.text()
         assert leftovers(self.folder) == []
         return self
 

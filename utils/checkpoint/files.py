@@ -6,13 +6,10 @@ switch that turns the protection off.
 """
 
 import collections
-import errno
 import hashlib
 import logging
-import os
 import pickle
 import re
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError
-from utils.runtime import atomic_file
+from utils.runtime import atomic_file, link_or_copy
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +68,7 @@ def link_checkpoint(source: Path, name: str) -> Path:
     target = source.with_name(name)
     try:
         with atomic_file(target) as temporary:
-            try:
-                os.link(source, temporary)
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
-                    raise
-                shutil.copyfile(source, temporary)
+            link_or_copy(source, temporary)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
     return target
