@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def check_model(config: "CfgNode", device: torch.device, *, training: bool = Tru
             kept = _kept_bytes(model, config, training=training)
     except Exception as error:  # whatever a model of timm raises
         reason = _reason(error)
-        if "meta" in reason.lower():
+        if not isinstance(error, ValueError) and re.search(r"\bmeta\b", reason, re.IGNORECASE):
             logger.debug("%s cannot be tried in advance: %s", _keys(config), reason)
             return
         raise ValueError(_problem(config, error, reason)) from error
