@@ -5,6 +5,7 @@ from data.checks import check_data
 from data.images.batch import build_batch_transform
 from data.images.decode import decode_image, jpeg_complaint
 from data.loading.collate import collate
+from data.sources.listing import expanded_path, list_images, read_image_file
 
 __all__ = [
     "build_batch_transform",
@@ -14,5 +15,8 @@ __all__ = [
     "check_data",
     "collate",
     "decode_image",
+    "expanded_path",
     "jpeg_complaint",
+    "list_images",
+    "read_image_file",
 ]

@@ -1,9 +1,13 @@
 """Loaders: the same batches for any number of workers, an interrupted epoch's tail, caches with the same pixels."""
 
+import errno
 import logging
 import multiprocessing
 import os
 import random
+import resource
+import socket
+import time
 
 import numpy as np
 import pytest
@@ -281,6 +285,62 @@ def test_damaged_validation_cache_is_refused(folder, cached_config):
     np.save(file, np.zeros((15, 48, 48, 3), np.uint8))
     with pytest.raises(RuntimeError, match="another shape has this name"):
         build_val_loader(cached_config, device="cpu")
+
+
+def test_full_disk_is_found_before_the_first_image(folder, cached_config, monkeypatch):
+    monkeypatch.setattr("data.dataset.ImageDataset.__getitems__", lambda *_: pytest.fail("an image was read"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the kernel refuses a larger file
+    try:
+        with pytest.raises(RuntimeError, match="validation cache .* failed: .*File too large"):
+            build_val_loader(cached_config, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    with pytest.raises(RuntimeError, match="No space left on device: 7.21e-05 GB are needed.*DATA.VAL_CACHE"):
+        build_val_loader(cached_config, device="cpu")
+    assert list((folder / "cache" / "deeper").iterdir()) == []
+
+
+def test_disk_that_fills_while_the_validation_cache_is_written(folder, cached_config, monkeypatch):
+    """As on file systems that cannot reserve room; an access to mapped memory would be a bus error."""
+
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("os.posix_fallocate", unsupported)
+    monkeypatch.setattr("data.build._WRITE_BATCH", 4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # for the memory files of batches, too
+    try:
+        with pytest.raises(RuntimeError, match="validation cache .* failed: .*File too large"):
+            build_val_loader(cached_config, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((folder / "cache" / "deeper").iterdir()) == []
+    expected = list(build_val_loader(make_config(DATA__DATA_PATH=folder), device="cpu"))
+    assert equal(list(build_val_loader(cached_config, device="cpu")), expected)
+
+
+def test_unfinished_files_of_dead_writers_are_removed(folder, cached_config):
+    cache = folder / "cache" / "deeper"
+    cache.mkdir(parents=True)
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
+    here = socket.gethostname()
+    ages = {f"{here}-{ended.pid}": 0, "elsewhere-7": 2 * 86400, f"{here}-{os.getppid()}": 0, "elsewhere-8": 0}
+    for name, age in ages.items():
+        file = cache / f".val_0.npy.tmp-{name}"
+        file.write_bytes(b"x")
+        os.utime(file, (time.time() - age,) * 2)
+    build_val_loader(cached_config, device="cpu")
+    left = sorted(file.name for file in cache.glob(".*"))
+    assert left == sorted(f".val_0.npy.tmp-{name}" for name in list(ages)[2:]), "of living ones, or perhaps"
 
 
 def test_validation_cache_is_filled_batch_by_batch(folder, cached_config, monkeypatch):
