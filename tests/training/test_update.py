@@ -1,6 +1,7 @@
 """An update does no more than it must: fused, one reduction, no waiting for the device."""
 
 import math
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -188,7 +189,14 @@ def test_a_save_restarts_the_clock_of_the_next(tiny: TinyRun) -> None:
         assert path.samefile(path.with_name("extra.pth"))
 
 
-def test_a_log_line_is_due_every_so_many_updates_and_after_the_last_of_an_epoch(tiny: TinyRun) -> None:
+def test_a_log_line_is_due_every_so_many_updates_and_after_the_last_of_an_epoch(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with training(tiny, "--opts", "PRINT_FREQ", 4, tag="due") as (session, _, _):
         assert session.updates_per_epoch == 6
+        assert session.log_due(1)  # the first update of a run is a sign of life
+        session.log_clock.restart()
         assert [done for done in range(1, 13) if session.log_due(done)] == [4, 6, 10, 12]
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 31)  # updates that take long are logged by time
+        assert session.log_due(2)

@@ -11,7 +11,7 @@ import timm
 import torch.distributed as dist
 
 from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError, message_text
-from utils.runtime.distributed import get_rank, get_world_size
+from utils.runtime.distributed import get_rank, get_world_size, is_distributed
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def log_failure(error: BaseException, store: dist.Store | None) -> None:
         store: what the processes share, or None if they have not met.
     """
     rank = get_rank()
+    who = f"rank {rank}" if is_distributed() else "the run"
     lost = is_lost_connection(error)
     culprit = "rank 0" if getattr(error, "from_rank_0", False) else _culprit(store) if lost else ""
     if culprit:
@@ -73,7 +74,7 @@ def log_failure(error: BaseException, store: dist.Store | None) -> None:
         text = f"stops: another process failed or hangs: {error_text(error)}"
     else:
         text = f"stops: {error_text(error)}"
-    logger.error("rank %d %s", rank, text, exc_info=error, extra={"brief": True})
+    logger.error("%s %s", who, text, exc_info=error, extra={"brief": True})
     if not (culprit or lost) and store is not None and get_world_size() > 1:
         _tell_others(store, rank)
 
