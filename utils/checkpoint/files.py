@@ -1,16 +1,16 @@
 """Checkpoint files: written so that nothing half-written is ever visible, read so that nothing in them is executed.
 
-This is the only module of the project that unpickles. Every file, our own included, is opened in PyTorch's weights-only
-mode with one addition: the yacs node inside the published checkpoints is read as a plain ordered dict. There is no
+Every file, our own included, is read by ``utils.checkpoint.pickled``, which builds tensors and plain types and nothing
+else, with one addition: the yacs node inside the published checkpoints is read as a plain ordered dict. There is no
 switch that turns the protection off.
+
+A checkpoint holds a digest of its own values. It is compared with what was loaded, so that what is verified is what is
+used. It detects damage; it is no signature.
 """
 
 import collections
 import hashlib
-import logging
-import pickle
-import re
-import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,26 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from utils.checkpoint.archive import Archive, open_archive, tensor_crc
+from utils.checkpoint.pickled import TensorSpec
 from utils.errors import CheckpointError
 from utils.runtime import atomic_file, link_or_copy
-
-logger = logging.getLogger(__name__)
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02"  # pickle protocol 2: PyTorch's format before 1.6
 # The published checkpoints hold their config as a pickled yacs node. Naming OrderedDict under the node's name reads
 # it as a mapping, without importing yacs.
 _ALLOWED_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
+_DIGEST = "digest"
+_DIGEST_KIND = "sha256-of-crc32:"
+_MAX_DEPTH, _MAX_VALUES = 64, 3_000_000  # of a checkpoint; lists within themselves have no end
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """Write ``payload`` to ``path`` atomically and durably, and read it back before it becomes visible.
 
-    What was written is verified (checksum of every member, loads weights-only) before it is renamed: whatever happens,
-    ``path`` is either the old file or the complete new one.
+    What was written is verified (it loads, and its values are the ones of ``payload`` by their digest) before it is
+    renamed: whatever happens, ``path`` is either the old file or the complete new one.
 
     Args:
         path: final name; its folder exists.
@@ -48,7 +51,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
         with atomic_file(path) as temporary:
             try:
                 with open(temporary, "wb") as file:
-                    torch.save(payload, file)
+                    torch.save({**payload, _DIGEST: payload_digest(payload, tensor_crc)}, file)
             finally:
                 size = temporary.stat().st_size if temporary.exists() else 0
             verify_checkpoint(temporary)
@@ -78,7 +81,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check that ``path`` is a complete checkpoint and return its contents with tensors on the meta device.
 
     Raises:
-        CheckpointError: missing, empty, truncated, damaged (a checksum is wrong), or not loadable weights-only.
+        CheckpointError: missing, empty, truncated, damaged (a checksum or the digest is wrong), or not loadable.
     """
     return load_checkpoint(path, map_location="meta", strict=True)
 
@@ -102,20 +105,99 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool
     kind = _check_magic(path)
     if kind == "safetensors":
         return _load_safetensors(path, map_location)
-    if kind == "zip":
-        _check_members(path, strict=strict)
+    known = {name: function for function, name in _ALLOWED_GLOBALS}
     try:
-        with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
-            payload = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, error)) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, OSError) as error:
+        with open(path, "rb") as file:
+            archive = open_archive(path, file, known, zipped=kind == "zip", strict=strict)
+            return _contents(archive, map_location)
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+
+
+def _contents(archive: Archive, map_location: str) -> dict[str, Any]:
+    """Return the values of an opened archive, after comparing them with its digest."""
+    path, tree = archive.path, archive.tree
+    if archive.unknown:
         raise CheckpointError(
-            f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-    if not isinstance(payload, dict):
-        raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint (a dict)")
+            f"{path} was not opened: it asks to import {', '.join(sorted(archive.unknown))}, which could run code on "
+            "this machine. Ask its author for a file with tensors only (a state_dict or safetensors)"
+        )
+    if not isinstance(tree, dict):
+        kind = "Tensor" if isinstance(tree, TensorSpec) else type(tree).__name__
+        raise CheckpointError(f"{path} holds a {kind}, not a checkpoint (a dict)")
+    meta = map_location == "meta"
+    payload = _settled(archive, lambda spec, entry: _on_meta(spec) if meta else archive.tensor(spec, entry))
+    digest = tree.get(_DIGEST)
+    if isinstance(digest, str) and digest.startswith(_DIGEST_KIND):
+        del payload[_DIGEST], tree[_DIGEST]
+        if payload_digest(tree, archive.crc) != digest:
+            raise CheckpointError(f"{path} is damaged: its values are not those that were saved (by their digest)")
+    elif meta:
+        archive.check_places()
     return payload
+
+
+def _on_meta(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.size, dtype=spec.dtype, device="meta")
+
+
+def _settled(archive: Archive, resolve: Callable[[TensorSpec, str], Tensor]) -> dict[str, Any]:
+    """Return the tree of an archive with tensors in it; refuse one that has no end or hides its size."""
+    count = 0
+
+    def settle(node: Any, entry: str, depth: int) -> Any:
+        nonlocal count
+        count += 1
+        if count > _MAX_VALUES or depth > _MAX_DEPTH:
+            raise CheckpointError(
+                f"{archive.path} is not read: {entry[:60]}...: more values, or deeper, than any state"
+            )
+        if isinstance(node, TensorSpec):
+            count += 10  # a tensor takes more memory than a number
+            return resolve(node, entry)
+        if isinstance(node, dict):
+            items = {
+                key: settle(value, f"{entry}.{key}" if entry else str(key), depth + 1) for key, value in node.items()
+            }
+            return type(node)(items) if type(node) in (dict, collections.OrderedDict) else items
+        if type(node) in (list, tuple):
+            return type(node)(settle(value, f"{entry}[{i}]", depth + 1) for i, value in enumerate(node))
+        if isinstance(node, (str, bytes)):
+            count += len(node) // 64
+        return node
+
+    return settle(archive.tree, "", 0)
+
+
+def payload_digest(tree: Any, crc_of: Callable[[Any], int]) -> str:
+    """Return the digest of a checkpoint's values: names, types, shapes, plain values and the bytes of tensors.
+
+    Args:
+        tree: nested dicts, lists and tuples of tensors (or ``TensorSpec``) and plain values.
+        crc_of: gives the CRC-32 of a tensor's bytes.
+    """
+
+    def parts(node: Any) -> Iterator[str]:
+        if isinstance(node, Tensor):
+            yield f"{node.dtype} {tuple(node.shape)} {crc_of(node)}"
+        elif isinstance(node, TensorSpec):
+            yield f"{node.dtype} {node.size} {crc_of(node)}"
+        elif isinstance(node, dict):
+            yield f"dict {len(node)}"
+            for key, value in node.items():
+                yield repr(key)
+                yield from parts(value)
+        elif isinstance(node, (list, tuple)):
+            yield f"{'list' if isinstance(node, list) else 'tuple'} {len(node)}"
+            for value in node:
+                yield from parts(value)
+        else:
+            yield f"{type(node).__name__} {node!r}"
+
+    digest = hashlib.sha256()
+    for part in parts(tree):
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    return _DIGEST_KIND + digest.hexdigest()
 
 
 def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
@@ -192,25 +274,6 @@ def _check_magic(path: Path) -> str:
     raise CheckpointError(f"{path} is not a PyTorch checkpoint (starts with {head!r}){hint}")
 
 
-def _check_members(path: Path, *, strict: bool) -> None:
-    """Compare every member of a zip archive with its checksum; ``strict`` also refuses archives without checksums."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                # PyTorch never compresses; a small file could expand to more than the memory holds
-                raise CheckpointError(f"{path} was not opened: its members are compressed, PyTorch writes them plain")
-            if all(info.CRC == 0 for info in archive.infolist() if info.file_size):
-                # torch.serialization.set_crc32_options(False): legitimate in a stranger's file, never in ours
-                bad = "every member" if strict else None
-                logger.warning("%s was written without checksums: damage would go unnoticed", path)
-            else:
-                bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
-    if bad is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of its member {bad!r} is wrong")
-
-
 def _load_safetensors(path: Path, map_location: str) -> dict[str, Any]:
     device = "cpu" if map_location == "meta" else map_location
     try:
@@ -220,23 +283,6 @@ def _load_safetensors(path: Path, map_location: str) -> dict[str, Any]:
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return {"model": tensors, "metadata": metadata}
-
-
-def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
-    """Return the message for a pickle that needs more than plain types, without the advice to open it anyway."""
-    try:
-        wanted = sorted(
-            set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {name for _, name in _ALLOWED_GLOBALS}
-        )
-    except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
-        wanted = []
-    wanted = wanted or re.findall(r"(?:GLOBAL|Trying to load unsupported GLOBAL) ([\w.]+)", str(error))[:1]
-    if wanted:
-        return (
-            f"{path} was not opened: it asks to import {', '.join(wanted)}, which could run code on this machine. "
-            "Ask its author for a file with tensors only (a state_dict or safetensors)"
-        )
-    return f"{path} is damaged or not a checkpoint: it is a pickle that PyTorch's weights-only mode cannot read"
 
 
 def _root_reason(error: BaseException) -> str:

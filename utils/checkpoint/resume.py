@@ -10,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import resolve_source
+from utils.checkpoint.schema import CLASSES, PREPROCESSING, Check, SchemaFault
 from utils.checkpoint.store import CheckpointStore, step_inside
 from utils.config import dump_config, parse_config, recipe_differences
 from utils.errors import CheckpointError
@@ -103,10 +104,18 @@ def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: 
         allowed: keys that may differ (``--allow-change KEY``).
 
     Raises:
-        CheckpointError: keys that influence training differ and are not allowed; all of them are listed with both
-            values.
+        CheckpointError: the file's config cannot be used, or keys that influence training differ and are not allowed;
+            all of them are listed with both values.
     """
-    differences = recipe_differences(parse_config(payload["config"], str(path)), config)
+    try:
+        saved = parse_config(payload["config"], str(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its config cannot be used: {' '.join(str(error).split())}") from None
+    if payload["progress"]["epoch"] > saved.TRAIN.EPOCHS:
+        raise CheckpointError(
+            f"{path}: progress.epoch is {payload['progress']['epoch']}, of {saved.TRAIN.EPOCHS} epochs"
+        )
+    differences = recipe_differences(saved, config)
     blocking = []
     for key, (then, now) in differences.items():
         if key in allowed or key in _BATCH_KEYS:
@@ -127,7 +136,7 @@ def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | 
     Raises:
         CheckpointError: number, names or order differ, so that labels would mean something else.
     """
-    theirs = payload.get("classes")
+    theirs = _own_entry(payload, "classes", CLASSES, path)
     if not theirs or list(theirs) == list(classes):
         return
     if len(theirs) != len(classes):
@@ -140,10 +149,23 @@ def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | 
 
 def warn_preprocessing(config: CfgNode, payload: dict[str, Any], path: Path | str) -> None:
     """Warn where a checkpoint's evaluation preprocessing differs from the config's."""
-    theirs = payload.get("preprocessing") or {}
+    theirs = _own_entry(payload, "preprocessing", PREPROCESSING, path) or {}
     ours = _preprocessing(config)
     for key in sorted(set(theirs) & set(ours)):
         if theirs[key] != ours[key]:
             logger.warning(
                 "preprocessing %s: %s was trained with %s, this evaluation uses %s", key, path, theirs[key], ours[key]
             )
+
+
+def _own_entry(payload: dict[str, Any], name: str, check: Check, path: Path | str) -> Any:
+    """Return an entry of a checkpoint, or None if it has none; other projects may mean something else by the name."""
+    value = payload.get(name)
+    try:
+        if value is not None:
+            check(value, name)
+    except SchemaFault as fault:
+        if "format_version" in payload:
+            raise CheckpointError(f"{path}: {fault}") from None
+        return None
+    return value

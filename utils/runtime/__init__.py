@@ -10,7 +10,7 @@ from utils.runtime.distributed import (
     is_main_process,
     on_main_process,
 )
-from utils.runtime.files import atomic_file, free_bytes, link_or_copy, write_text_atomic
+from utils.runtime.files import atomic_file, free_bytes, link_or_copy, set_aside, side_file, write_text_atomic
 from utils.runtime.processes import once_per_machine, usable_cores
 from utils.runtime.random_state import (
     integer_seed,
@@ -43,7 +43,9 @@ __all__ = [
     "Run",
     "seed_streams",
     "seeded_streams",
+    "set_aside",
     "set_random_state",
+    "side_file",
     "start_run",
     "StopRequest",
     "streams_restored",

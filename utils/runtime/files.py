@@ -118,3 +118,23 @@ def _flush(path: Path, kind: str, tolerated: frozenset[int] | set[int] = frozens
             f"the file system of {path.parent if kind == 'a file' else path} cannot flush {kind} to disk "
             f"({error.strerror}): a power cut may lose the newest checkpoint, though not damage an older one"
         )
+
+
+def set_aside(path: Path, reason: object) -> None:
+    """Rename a file or folder that cannot be used to ``NAME.aside``, or to the first free number after it, and warn."""
+    target, number = path.with_name(f"{path.name}.aside"), 2
+    while os.path.lexists(target):
+        target, number = path.with_name(f"{path.name}.aside{number}"), number + 1
+    os.rename(path, target)
+    logger.warning("%s cannot be used and is now %s: %s", path, target.name, reason)
+
+
+@contextmanager
+def side_file(path: Path) -> Iterator[None]:
+    """Let a block write ``path``, which nothing depends on: a folder there is set aside, an error only warns."""
+    try:
+        if path.is_dir():
+            set_aside(path, "it is a folder")
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s could not be written: %s; the run goes on without it", path.name, error)

@@ -24,7 +24,7 @@ from utils.config import config_notices, dump_config, recipe_deviations, run_fol
 from utils.errors import RunError
 from utils.runtime.distributed import get_rank, get_world_size, is_distributed, on_main_process
 from utils.runtime.failures import error_text, is_user_error, log_failure, settle
-from utils.runtime.files import UNSUPPORTED, try_folder, warn_once, write_text_atomic
+from utils.runtime.files import UNSUPPORTED, side_file, try_folder, warn_once, write_text_atomic
 from utils.runtime.launch import join_processes, select_device
 from utils.runtime.logging import add_log_file, setup_logging, teardown_logging
 from utils.runtime.random_state import seed_process
@@ -63,7 +63,9 @@ class Run:
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
             }
-            write_text_atomic(self.output_dir / "status.json", json.dumps(row, indent=1) + "\n")
+            path = self.output_dir / "status.json"
+            with side_file(path):
+                write_text_atomic(path, json.dumps(row, indent=1) + "\n")
 
     def write_recipe(self, config: CfgNode) -> None:
         """Write ``config.yaml`` and ``deviations.json`` on rank 0, once it is known that the run goes on with them."""
