@@ -24,7 +24,10 @@ def config_with(**keys: Any) -> CfgNode:
 
 def payload(classes: tuple[str, ...] = CLASSES, num_samples: int = 48, seen: int = 0, **keys: Any) -> dict[str, Any]:
     """The entries of a checkpoint that are compared."""
-    return {**checkpoint_metadata(config_with(**keys), classes, num_samples), "progress": {"samples_seen": seen}}
+    return {
+        **checkpoint_metadata(config_with(**keys), classes, num_samples),
+        "progress": {"epoch": 0, "samples_seen": seen},
+    }
 
 
 def check(saved: dict[str, Any], *allowed: str, **keys: Any) -> None:
