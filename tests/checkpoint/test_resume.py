@@ -4,22 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from yacs.config import CfgNode
 
+from tests.builders import config_with
 from utils.checkpoint.resume import check_continuation, checkpoint_metadata, warn_preprocessing
-from utils.config import default_config
 from utils.errors import CheckpointError
 
 PATH = Path("run/checkpoint_last.pth")
 CLASSES = ("cat", "dog", "emu")
-
-
-def config_with(**keys: Any) -> CfgNode:
-    config = default_config()
-    for name, value in keys.items():
-        section, key = name.split("__")
-        config[section][key] = value
-    return config
 
 
 def payload(classes: tuple[str, ...] = CLASSES, num_samples: int = 48, seen: int = 0, **keys: Any) -> dict[str, Any]:

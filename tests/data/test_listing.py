@@ -16,7 +16,8 @@ from categories101_train_val_split import main as split_main
 from data import build_dataset, check_data, expanded_path, list_images, read_image_file
 from data.sources.base import FolderSource
 from data.sources.listing import IMAGE_ENDINGS
-from tests.images import make_config, picture, write_folder, write_splits
+from tests.builders import data_config
+from tests.images import picture, write_folder, write_splits
 from utils.errors import ImageReadError
 
 
@@ -121,7 +122,7 @@ def test_a_folder_that_two_links_reach_is_refused(root, tmp_path):
 def test_the_same_folder_may_be_both_parts(tmp_path):
     write_folder(tmp_path / "train")
     (tmp_path / "val").symlink_to("train")
-    config = make_config(DATA__DATA_PATH=tmp_path)
+    config = data_config(DATA__DATA_PATH=tmp_path)
     check_data(config, build_dataset(config, is_train=True), build_dataset(config, is_train=False))
 
 
@@ -220,7 +221,7 @@ def test_reading_a_regular_file(root):
 def test_val_may_lack_a_class(tmp_path, caplog):
     write_splits(tmp_path)
     shutil.rmtree(tmp_path / "val" / "dog")
-    config = make_config(DATA__DATA_PATH=tmp_path)
+    config = data_config(DATA__DATA_PATH=tmp_path)
     train, val = (build_dataset(config, is_train=is_train) for is_train in (True, False))
     assert val.classes == train.classes
     assert sorted(set(val.targets.tolist())) == [0, 2], "the labels are those of training"
@@ -231,20 +232,20 @@ def test_val_may_lack_a_class(tmp_path, caplog):
 
 def test_val_without_train_has_classes_of_its_own(tmp_path):
     write_folder(tmp_path / "val", ("b", "a"))
-    assert build_dataset(make_config(DATA__DATA_PATH=tmp_path), is_train=False).classes == ["a", "b"]
+    assert build_dataset(data_config(DATA__DATA_PATH=tmp_path), is_train=False).classes == ["a", "b"]
 
 
 def test_two_unicode_spellings_are_told_apart(tmp_path):
     write_splits(tmp_path, ("caf\u00e9", "dog", "emu"))
     (tmp_path / "val" / "caf\u00e9").rename(tmp_path / "val" / "cafe\u0301")
-    config = make_config(DATA__DATA_PATH=tmp_path)
+    config = data_config(DATA__DATA_PATH=tmp_path)
     train, val = (build_dataset(config, is_train=is_train) for is_train in (True, False))
     with pytest.raises(ValueError, match="look alike") as info:
         check_data(config, train, val)
     assert r"'caf\xe9' in train and 'cafe\u0301' in val" in str(info.value)
     assert "convmv" in str(info.value)
     write_folder(tmp_path / "train2" / "train", ("caf\u00e9", "cafe\u0301", "dog"))
-    config = make_config(DATA__DATA_PATH=tmp_path / "train2")
+    config = data_config(DATA__DATA_PATH=tmp_path / "train2")
     with pytest.raises(ValueError, match="names look alike"):
         check_data(config, build_dataset(config, is_train=True), None)
 
@@ -270,7 +271,7 @@ LAYOUTS = (
 @pytest.mark.parametrize(("make", "dataset", "zip_mode", "message"), LAYOUTS)
 def test_data_in_another_form_name_what_reads_them(tmp_path, make, dataset, zip_mode, message):
     make(tmp_path)
-    config = make_config(DATA__DATA_PATH=tmp_path, DATA__DATASET=dataset, DATA__ZIP_MODE=zip_mode)
+    config = data_config(DATA__DATA_PATH=tmp_path, DATA__DATASET=dataset, DATA__ZIP_MODE=zip_mode)
     with pytest.raises(FileNotFoundError, match=message):
         build_dataset(config, is_train=True)
     assert not list(tmp_path.glob("*.gz")), "nothing was downloaded"
@@ -280,10 +281,10 @@ def test_validation_folder_of_another_name(tmp_path):
     write_splits(tmp_path)
     (tmp_path / "val").rename(tmp_path / "valid")
     with pytest.raises(FileNotFoundError, match="valid/ is: rename it to val"):
-        build_dataset(make_config(DATA__DATA_PATH=tmp_path), is_train=False)
+        build_dataset(data_config(DATA__DATA_PATH=tmp_path), is_train=False)
 
 
 def test_path_of_a_part_names_the_folder_above(tmp_path):
     write_splits(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"--data-path {tmp_path}$"):
-        build_dataset(make_config(DATA__DATA_PATH=tmp_path / "train"), is_train=True)
+        build_dataset(data_config(DATA__DATA_PATH=tmp_path / "train"), is_train=True)

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from data import build_dataset, build_train_loader
 from data.loading.collate import collate
 from data.loading.loader import ImageLoader, WorkerInit
-from tests.images import make_config, write_splits
+from tests.builders import data_config
+from tests.images import write_splits
 from utils.errors import ImageReadError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +86,7 @@ def test_workers_end_with_their_process(end, code):
 
 def test_workers_survive_signals_to_the_job(tmp_path):
     others = multiprocessing.active_children()
-    config = make_config(DATA__DATA_PATH=write_splits(tmp_path, train=20), DATA__NUM_WORKERS=2)
+    config = data_config(DATA__DATA_PATH=write_splits(tmp_path, train=20), DATA__NUM_WORKERS=2)
     loader = build_train_loader(config, device="cpu")
     batches = iter(loader)
     next(batches)
@@ -104,7 +105,7 @@ def test_workers_survive_signals_to_the_job(tmp_path):
 
 def test_workers_of_every_start_method_give_the_same_batches(tmp_path):
     keys = {"DATA__DATA_PATH": write_splits(tmp_path), "DATA__BAD_IMAGES": "skip", "DATA__CACHE_DECODED": "ram"}
-    dataset = build_dataset(make_config(**keys), is_train=True)
+    dataset = build_dataset(data_config(**keys), is_train=True)
     batches = []
     for method in (None, "spawn"):
         loader = DataLoader(
@@ -167,7 +168,7 @@ def test_other_errors_pass_unchanged():
 
 @pytest.fixture
 def config(tmp_path):
-    return make_config(DATA__DATA_PATH=write_splits(tmp_path), DATA__NUM_WORKERS=2)
+    return data_config(DATA__DATA_PATH=write_splits(tmp_path), DATA__NUM_WORKERS=2)
 
 
 def refusal(config):
@@ -233,7 +234,7 @@ def test_float_batches_of_workers_are_those_of_the_main_process(tmp_path):
     batches = []
     for workers in (0, 2):
         keys = {"DATA__DATA_PATH": tmp_path, "DATA__PIPELINE": "reference", "DATA__NUM_WORKERS": workers}
-        loader = build_train_loader(make_config(**keys), device="cpu")
+        loader = build_train_loader(data_config(**keys), device="cpu")
         batches.append(list(loader))
         loader.close()
     assert batches[0][0][0].dtype == torch.float32
@@ -246,7 +247,7 @@ def test_float_batches_of_workers_are_those_of_the_main_process(tmp_path):
 @pytest.mark.parametrize("workers", (0, 2))
 def test_error_of_an_image_arrives_as_it_was_raised(tmp_path, workers):
     (write_splits(tmp_path) / "train" / "cat" / "0.jpg").write_bytes(b"broken")
-    loader = build_train_loader(make_config(DATA__DATA_PATH=tmp_path, DATA__NUM_WORKERS=workers), device="cpu")
+    loader = build_train_loader(data_config(DATA__DATA_PATH=tmp_path, DATA__NUM_WORKERS=workers), device="cpu")
     with pytest.raises(ImageReadError) as info:
         list(itertools.chain(loader, loader, loader))  # each pass leaves some images out
     message = str(info.value)

@@ -10,7 +10,8 @@ import pytest
 from data import build_dataset, check_data
 from data.sources.base import FolderSource
 from data.sources.zip import ZipSource, number_classes, read_map
-from tests.images import make_config, write_folder
+from tests.builders import data_config
+from tests.images import write_folder
 
 CLASSES = ("bee", "caf\u00e9", "dog")
 
@@ -43,7 +44,7 @@ def write_map(root, part, make, encoding="utf-8"):
 
 
 def zip_source(root, part="train"):
-    return build_dataset(make_config(DATA__DATA_PATH=root, DATA__ZIP_MODE=True), is_train=part == "train").source
+    return build_dataset(data_config(DATA__DATA_PATH=root, DATA__ZIP_MODE=True), is_train=part == "train").source
 
 
 READABLE = {
@@ -134,7 +135,7 @@ def test_names_of_numbered_classes_are_their_folders():
 
 
 def test_classes_of_archive_and_folder_are_the_same(root):
-    folder = build_dataset(make_config(DATA__DATA_PATH=root), is_train=False)
+    folder = build_dataset(data_config(DATA__DATA_PATH=root), is_train=False)
     assert zip_source(root, "val").classes == folder.classes == zip_source(root).classes
 
 
@@ -159,7 +160,7 @@ def test_val_may_lack_a_class(root, named):
     make = use_names if named else "\n".join
     write_map(root, "train", make)
     write_map(root, "val", lambda lines: make([line for line in lines if not line.startswith("caf")]))
-    config = make_config(DATA__DATA_PATH=root, DATA__ZIP_MODE=True)
+    config = data_config(DATA__DATA_PATH=root, DATA__ZIP_MODE=True)
     train, val = (build_dataset(config, is_train=is_train) for is_train in (True, False))
     assert val.classes == train.classes == list(CLASSES)
     assert val.targets.tolist() == [0, 0, 2, 2]
