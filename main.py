@@ -21,8 +21,8 @@ from torch.nn.utils import clip_grad_norm_
 from yacs.config import CfgNode
 
 import main_eval
-from data import build_batch_transform, build_train_loader, build_val_loader, check_data
-from models import build_model, from_published
+from data import build_batch_transform, build_train_loader, build_val_loader, check_data, check_transform
+from models import accelerate, build_model, check_model, from_published
 from utils.checkpoint import BEST, CheckpointStore, checkpoint_metadata, load_weights, starting_point
 from utils.config import parse
 from utils.runtime import Run, StopRequest, start_run, torch_random_state
@@ -39,6 +39,7 @@ from utils.training import (
     build_optimizer,
     build_precision,
     build_scheduler,
+    check_compiler,
     compile_and_warm_up,
     epoch_row,
     evaluate,
@@ -61,14 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         main_eval.run(args, config)
         return
     stop = StopRequest(config.TRAIN.MAX_RUN_MINUTES, config.TRAIN.SAVE_MINUTES)
-    with start_run(config) as run, stop:
-        run.write_status("running")
-        try:
-            with build_session(config, run, stop) as session:
-                train(session, allow_change=args.allow_change)
-        except BaseException as error:
-            run.write_failure(error)
-            raise
+    with stop, start_run(config) as run, build_session(config, run, stop) as session:
+        train(session, allow_change=args.allow_change)
+    if stop.exit_code:
+        raise SystemExit(stop.exit_code)
 
 
 def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
@@ -82,8 +79,11 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     model, state = build_training(session)
     load_starting_point(state, session, allow_change)
     progress = state.progress
+    run.write_recipe(config)
     if run.is_main:
         trim_metrics(run.output_dir / "metrics.jsonl", progress.epoch)
+    session.check_free_space(state)
+    session.stop.begin_training()
     while progress.epoch < config.TRAIN.EPOCHS:
         with located_errors(session, state):
             row = train_one_epoch(model, state, session)
@@ -101,7 +101,10 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
 
 
 def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
-    """Build everything around the model. Problems with the data are found here, before the model is built."""
+    """Build everything around the model. Problems with settings and data are found here, before the model is built."""
+    check_transform(config)
+    check_model(config, run.device)
+    check_compiler(config, run.device)
     loader = build_train_loader(config, device=run.device)
     val_loader = build_val_loader(config, device=run.device)
     check_data(config, loader.dataset, val_loader.dataset)
@@ -131,7 +134,7 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
 def build_training(session: Session) -> tuple[DistributedDataParallel, TrainState]:
     """Build the model, its distributed wrapper and what trains it; the state holds the bare model."""
     config, run, precision = session.config, session.run, session.precision
-    model = build_model(config).to(run.device)
+    model = accelerate(build_model(config).to(run.device), run.device)
     ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN)
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)
@@ -293,7 +296,7 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
 def validate(state: TrainState, session: Session) -> EvalResult | None:
     """Evaluate the model, or its averaged weights if there are any, on the whole validation set; None after a stop."""
     model = state.eval_model
-    # a compiled model: a last, smaller batch is no reason to compile again
+    # if the model is compiled: run a last, smaller batch as it is rather than compile again
     with averaged_batchnorm(model), torch.compiler.set_stance("eager_on_recompile"):
         return evaluate(
             model,

@@ -18,11 +18,11 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
-from data import build_batch_transform, build_val_loader, check_data
-from models import build_model, from_published
+from data import build_batch_transform, build_val_loader, check_data, check_transform
+from models import build_model, check_model, from_published, inference_form
 from utils.checkpoint import check_classes, load_weights, resolve_source, sha256, warn_preprocessing
 from utils.config import parse
-from utils.runtime import Run, start_run, write_text_atomic
+from utils.runtime import Run, StopRequest, start_run, write_text_atomic
 from utils.training import build_precision, evaluate, measure_throughput
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: Namespace, config: CfgNode) -> None:
     """Do what the flags ask for: evaluate, or measure throughput."""
-    with start_run(config, locked=False) as process:
+    with StopRequest(), start_run(config, training=False) as process:
         if config.THROUGHPUT_MODE:
             throughput(config, process)
         else:
@@ -60,6 +60,8 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
     source = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not source:
         raise ValueError("no checkpoint to evaluate: name one with --resume FILE")
+    check_transform(config)
+    check_model(config, process.device, training=False)
     loader = build_val_loader(config, device=process.device)
     check_data(config, None, loader.dataset)
     model = build_model(config).to(process.device)
@@ -96,6 +98,7 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
 
 def throughput(config: CfgNode, process: Run) -> None:
     """Log the images per second of the forward pass on random images; neither data nor a checkpoint is needed."""
+    check_model(config, process.device, training=False)
     model: nn.Module = build_model(config).to(process.device).eval()
     model = inference_form(model)
     precision = build_precision(config, process.device)
@@ -112,11 +115,6 @@ def throughput(config: CfgNode, process: Run) -> None:
         size,
         precision.description,
     )
-
-
-def inference_form(model: nn.Module) -> nn.Module:
-    """Return the model's form for inference where it has one (the same scores, faster), else the model."""
-    return model.to_inference() if hasattr(model, "to_inference") else model
 
 
 if __name__ == "__main__":

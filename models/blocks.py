@@ -4,23 +4,18 @@ A stage is a row of blocks; a block is a strip mixing block (tokens) and a chann
 residual. The strip mixing block sends half of the channels through the CGSMM (long range, cascaded rows then columns)
 and half through the LSMM (short range).
 
-Legend, for the shapes behind every reshape and permute:
+Legend, for the shapes after every reshape and permute:
     B batch, C channels, K = mlp_ratio * C hidden channels, H rows, W columns,
-    D = C / 2 channels of one branch, P patches, G = D / P channels a patch.
+    D = C / 2 channels of one branch, P patches, G = D / P channels per patch.
 All maps are (B, C, H, W) in channels_last memory order.
 """
-
-from functools import partial
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fast.autograd import channels_last_gradient, gelu_grn, norm_gelu, weighted_sum
-from .fast.depthwise import DepthwiseConv2d
-from .fast.linear_chain import Step, linear_chain
-from .layers import GRN, ChannelLayerNorm, PointwiseLinear, add_residual
+from .layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual, mean_over_space
 
 
 class RelativePosition(nn.Module):
@@ -58,9 +53,9 @@ class StripMLPLayer(nn.Module):
         num_patches: patches P, a divisor of D.
         axis: ``"row"`` mixes along the rows as above, ``"column"`` along the columns (H and W change places).
         strip_width: rows that a token sees, odd.
-    Shape: (B, D, H, W) -> (B, P, G, H, W), a view in the convolution's memory order; `concatenated` makes a map of it.
+    Shape: (B, D, H, W) -> (B, H, W, P, G), a view in the convolution's memory order, to be copied by ``cat_channels``.
     Raises:
-        ValueError: if `num_patches` does not divide `dim`, or `axis` is unknown.
+        ValueError: if ``num_patches`` does not divide ``dim``, or ``axis`` is unknown.
     """
 
     def __init__(self, dim: int, size: int, num_patches: int, axis: str, *, strip_width: int = 3) -> None:
@@ -76,24 +71,29 @@ class StripMLPLayer(nn.Module):
         self.mix = nn.Conv2d(tokens, tokens, (1, strip_width), padding=padding, groups=dim // num_patches)
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = self.mix.groups
-        x = channels_last_gradient(x).unflatten(1, (self.num_patches, groups))  # (B, D, H, W) -> (B, P, G, H, W)
-        # to (B, P, H, G * W), or with axis "column" to (B, P, W, G * H)
-        x = x.permute(0, 1, 3, 2, 4).flatten(3) if self.axis == "row" else x.permute(0, 1, 4, 2, 3).flatten(3)
-        x = self.mix(x.permute(0, 3, 1, 2))  # (B, P, H, G * W) -> (B, G * W, P, H), a map with P rows and H columns
-        x = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))  # (B, G * W', P, H) -> (B, P, H, G, W')
-        # to (B, P, G, H, W); with axis "column" it comes as (B, P, W, G, H')
-        return x.permute(0, 1, 3, 2, 4) if self.axis == "row" else x.permute(0, 1, 3, 4, 2)
+        x = split_patches(x, self.num_patches)  # (B, D, H, W) -> (B, H, W, P, G)
+        if self.axis == "column":
+            x = x.transpose(1, 2)  # H and W change places, here and in the shapes below
+        x = x.permute(0, 3, 1, 4, 2).flatten(3)  # (B, H, W, P, G) -> (B, P, H, G, W) -> (B, P, H, G * W)
+        x = self.mix(x.permute(0, 3, 1, 2))  # -> (B, G * W, P, H), a map with P rows and H columns
+        x = x.permute(0, 2, 3, 1).unflatten(3, (self.mix.groups, -1))  # -> (B, P, H, G * W') -> (B, P, H, G, W')
+        x = x.permute(0, 2, 4, 1, 3)  # (B, P, H, G, W') -> (B, H, W', P, G)
+        return x.transpose(1, 2) if self.axis == "column" else x
 
 
-def concatenated(*maps: Tensor) -> Tensor:
-    """The channels of n maps, one after the other, as one map: n x (B, P, G, H, W) -> (B, n * D, H, W)."""
-    together = torch.stack([x.permute(0, 3, 4, 1, 2) for x in maps], dim=3)  # -> (B, H, W, n, P, G)
-    return together.flatten(3).permute(0, 3, 1, 2)  # (B, H, W, n, P, G) -> (B, n * D, H, W)
+def split_patches(x: Tensor, num_patches: int) -> Tensor:
+    """Return the channels of ``x`` cut into patches, (B, D, H, W) -> (B, H, W, P, G), a view."""
+    return x.permute(0, 2, 3, 1).unflatten(3, (num_patches, -1))  # (B, D, H, W) -> (B, H, W, D) -> (B, H, W, P, G)
+
+
+def cat_channels(*maps: Tensor) -> Tensor:
+    """Concatenate the channels of n maps that come in patches, n x (B, H, W, P, G) -> (B, n * D, H, W)."""
+    x = torch.cat(maps, dim=3).flatten(3)  # n x (B, H, W, P, G) -> (B, H, W, n * P, G) -> (B, H, W, n * D)
+    return x.permute(0, 3, 1, 2)  # (B, H, W, n * D) -> (B, n * D, H, W)
 
 
 class CGSMM(nn.Module):
-    """Cascade group strip mixing module (sec. 3.3): rows first, then columns over what the rows gave.
+    """Cascade group strip mixing module (sec. 3.3): rows first, then columns over the result.
 
     Args:
         dim: channels D.
@@ -113,11 +113,11 @@ class CGSMM(nn.Module):
         self.column_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        patches = u.unflatten(1, (self.row_mix.num_patches, -1))  # (B, D, H, W) -> (B, P, G, H, W)
-        rows = self.row_mix(u + self.row_position().to(u.dtype))
-        q = norm_gelu(self.norm, self.row_fuse(concatenated(rows, patches)))
-        columns = self.column_mix(q + self.column_position().to(q.dtype))
-        return self.column_fuse(concatenated(patches, columns))
+        patches = split_patches(u, self.row_mix.num_patches)  # (B, D, H, W) -> (B, H, W, P, G)
+        rows = self.row_mix(u + self.row_position().to(u.dtype))  # (B, D, H, W) -> (B, H, W, P, G)
+        q = F.gelu(self.norm(self.row_fuse(cat_channels(rows, patches))))
+        columns = self.column_mix(q + self.column_position().to(q.dtype))  # (B, D, H, W) -> (B, H, W, P, G)
+        return self.column_fuse(cat_channels(patches, columns))
 
 
 class LSMM(nn.Module):
@@ -138,12 +138,15 @@ class LSMM(nn.Module):
         self.reweight2 = nn.Conv2d(dim // 2, 3 * dim, 1)
 
     def weights(self, pooled: Tensor) -> Tensor:
-        """The weights of the branches from the mean of their sum over space, (B, D, 1, 1) -> (B, D, 3, 1, 1)."""
+        """Return the branches' weights from the mean over space of their sum, (B, D, 1, 1) -> (B, D, 3, 1, 1)."""
         z = self.reweight2(F.gelu(self.reweight1(pooled)))
         return z.unflatten(1, (-1, 3)).softmax(dim=2)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
 
     def forward(self, v: Tensor) -> Tensor:
-        return weighted_sum(self.tall(v), self.wide(v), v, weigh=self.weights, modules=(self.reweight1, self.reweight2))
+        tall, wide = self.tall(v), self.wide(v)
+        pooled = mean_over_space(tall) + mean_over_space(wide) + mean_over_space(v)
+        w_tall, w_wide, w_v = self.weights(pooled).to(v.dtype).unbind(dim=2)
+        return torch.addcmul(torch.addcmul(w_tall * tall, w_wide, wide), w_v, v)  # w_tall tall + w_wide wide + w_v v
 
 
 class StripMixingBlock(nn.Module):
@@ -155,7 +158,7 @@ class StripMixingBlock(nn.Module):
         num_patches: patches P of the Strip MLP layers, a divisor of C / 2.
     Shape: (B, C, H, W) -> same.
     Raises:
-        ValueError: if `dim` is odd or C / 2 cannot be cut into `num_patches`.
+        ValueError: if ``dim`` is odd, or ``num_patches`` does not divide C / 2.
     """
 
     def __init__(self, dim: int, size: int, num_patches: int) -> None:
@@ -171,9 +174,9 @@ class StripMixingBlock(nn.Module):
         self.fuse = nn.Conv2d(dim, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.project(self.dwconv(norm_gelu(self.norm1, x)))
-        u, v = norm_gelu(self.norm2, x, halves=True)  # (B, C, H, W) -> 2 x (B, D, H, W)
-        return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
+        x = self.norm2(self.project(self.dwconv(F.gelu(self.norm1(x)))))
+        u, v = map(F.gelu, x.chunk(2, dim=1))  # (B, C, H, W) -> 2 x (B, D, H, W)
+        return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))  # 2 x (B, D, H, W) -> (B, C, H, W)
 
 
 class ChannelMixingBlock(nn.Module):
@@ -194,9 +197,8 @@ class ChannelMixingBlock(nn.Module):
         self.fc2 = PointwiseLinear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        expand = Step(self.fc1, self.norm, [self.norm])
-        reduce = Step(self.fc2, partial(gelu_grn, self.grn), [self.grn], shift=self.grn.beta.flatten())
-        return linear_chain(self.dwconv(x), [expand, reduce])  # (B, C, H, W) -> (B, K, H, W) -> (B, C, H, W)
+        x = self.norm(self.dwconv(x))
+        return self.fc2(self.grn(F.gelu(self.fc1(x))))  # (B, C, H, W) -> (B, K, H, W) -> (B, C, H, W)
 
 
 class StripMLPBlock(nn.Module):
@@ -218,5 +220,5 @@ class StripMLPBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_residual(x, self.strip_mixing, self.drop_path)
-        return add_residual(x, self.channel_mixing, self.drop_path, samples_apart=True)
+        x = add_residual(x, self.strip_mixing(x), self.drop_path)
+        return add_residual(x, self.channel_mixing(x), self.drop_path)

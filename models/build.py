@@ -16,9 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(config: "CfgNode") -> nn.Module:
-    """The model that the MODEL keys of the config describe, on the CPU, in training mode.
+    """Return the model that the MODEL keys of the config describe, on the CPU, in training mode.
 
-    DROP_RATE counts only where MODEL.DROP is true; TRAIN.USE_CHECKPOINT switches activation checkpointing on.
+    MODEL.DROP_RATE has an effect only where MODEL.DROP is true; TRAIN.USE_CHECKPOINT switches on activation
+    checkpointing.
 
     Raises:
         ValueError: if MODEL.TYPE or MODEL.TIMM_NAME is unknown, or the model refuses a value.
@@ -56,12 +57,17 @@ def _build_strip_mlp(config: "CfgNode") -> StripMLPNet:
 
 
 def _build_timm(config: "CfgNode") -> nn.Module:
-    """A timm model without pretrained weights, at the config's image size where the model fixes one."""
+    """Return a timm model without pretrained weights, at the config's image size where the model has a fixed one."""
     name = config.MODEL.TIMM_NAME
     if not name or not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
         raise ValueError(f"MODEL.TIMM_NAME is {name!r}, which timm {timm.__version__} does not know; {hint}")
+    tag = name.partition(".")[2]
+    tags = timm.models.list_pretrained(f"{name.partition('.')[0]}.*") if tag else []
+    if tag and name not in tags:
+        known = ", ".join(found.partition(".")[2] for found in tags) or "none"
+        raise ValueError(f"MODEL.TIMM_NAME is {name!r}, but timm {timm.__version__} knows no such tag; known: {known}")
     options: dict[str, Any] = {"num_classes": config.MODEL.NUM_CLASSES, "in_chans": config.MODEL.STRIP_MLP.IN_CHANS}
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
@@ -70,7 +76,7 @@ def _build_timm(config: "CfgNode") -> nn.Module:
 
 
 def _create_with_accepted(name: str, options: dict[str, Any], drop_rates: dict[str, float]) -> nn.Module:
-    """Create the timm model with those of `drop_rates` that its constructor takes; a refused rate is logged."""
+    """Create the timm model with those of ``drop_rates`` that its constructor accepts; a refused rate is logged."""
     wanted = dict(drop_rates)
     while True:
         try:
@@ -81,4 +87,4 @@ def _create_with_accepted(name: str, options: dict[str, Any], drop_rates: dict[s
                 raise
             rate = wanted.pop(refused[0])
             if rate:
-                logger.warning("timm model %s takes no %s; %s is without effect", name, refused[0], rate)
+                logger.warning("timm model %s takes no %s; %s has no effect", name, refused[0], rate)

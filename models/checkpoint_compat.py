@@ -1,6 +1,6 @@
 """Names in the published checkpoints <-> names in this repository: pure functions from state dict to state dict.
 
-The mapping only renames, so tensors pass through untouched and shapes agree on both sides.
+The mapping only renames, so tensors pass through unchanged and shapes agree on both sides.
 """
 
 import re
@@ -52,7 +52,7 @@ _SPELLINGS = {"token_mixing.smlp_block.proh_w": "token_mixing.smlp_block.proj_w"
 
 
 def _rename(name: str, parts: Mapping[str, str]) -> str | None:
-    """`name` with its longest leading part in `parts` replaced, None where no part leads it."""
+    """Return ``name`` with its longest leading part found in ``parts`` replaced, None if there is no such part."""
     stem, dot, leaf = name, "", ""
     while stem:
         if stem in parts:
@@ -63,7 +63,7 @@ def _rename(name: str, parts: Mapping[str, str]) -> str | None:
 
 
 def is_published(state_dict: Mapping[str, object]) -> bool:
-    """Whether the keys are those of a published checkpoint (wrapper prefixes aside)."""
+    """Return whether the keys are those of a published checkpoint (wrapper prefixes aside)."""
     return any(re.match(_BLOCK, _WRAPPERS.sub("", name)) for name in state_dict)
 
 
@@ -94,7 +94,7 @@ def from_published(state_dict: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def to_published(state_dict: Mapping[str, Value]) -> dict[str, Value]:
-    """Rename this repository's state dict to the published names, the inverse of `from_published`.
+    """Rename this repository's state dict to the published names, the inverse of ``from_published``.
 
     Raises:
         KeyError: if a key has no published counterpart.
@@ -108,6 +108,6 @@ def to_published(state_dict: Mapping[str, Value]) -> dict[str, Value]:
         parts, rest = (block_parts, plain[block.end() :]) if block else (net_parts, plain)
         new = _rename(rest, parts)
         if new is None:
-            raise KeyError(f"{name!r} is no parameter or buffer of Strip-MLP; it has no published name")
+            raise KeyError(f"{name!r} is not a parameter or buffer of Strip-MLP; it has no published name")
         renamed[f"blocks{int(block[1]) + 1}.{block[2]}.{new}" if block else new] = value
     return renamed

@@ -1,6 +1,6 @@
-"""Strip-MLP: Efficient Token Interaction for Vision MLP (Cao et al., ICCV 2023, arXiv 2307.11458): the network
+"""The network of "Strip-MLP: Efficient Token Interaction for Vision MLP" (Cao et al., ICCV 2023, arXiv 2307.11458).
 
-The parts stand in `models.blocks`. Importing this module registers the variants with timm, so that
+Its parts are in ``models.blocks``. Importing this module registers the variants with timm, so that
 ``timm.create_model("strip_mlp_tiny")`` works.
 
 Legend: B batch, C channels, H rows, W columns. Inputs may come in any memory order; all maps inside are (B, C, H, W) in
@@ -18,21 +18,35 @@ from torch import Tensor, nn
 
 from .blocks import StripMLPBlock
 from .checkpoint_compat import from_published
-from .fast.inference import InferenceStripMLP
-from .layers import checkpointed, downsample, drop_path_rates, square_side
+from .layers import checkpointed, downsample, drop_path_rates
 
 __all__ = ["StripMLPNet"]
 
 
 def published_num_patches(channels: int) -> int:
-    """Patches P of a stage with `channels` channels in the published networks: 2 where 80 divides them, else 4."""
+    """Return the patches P of a stage in the published networks: 2 where 80 divides its channels, else 4."""
     return 2 if channels % 80 == 0 else 4
+
+
+def square_side(img_size: int | tuple[int, int], multiple: int) -> int:
+    """Return the side of a square image given as an int or a pair, in pixels.
+
+    Raises:
+        ValueError: if the pair is not square, or the side is not a positive multiple of ``multiple``.
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if height != width:
+        raise ValueError(f"img_size is {height} x {width}; Strip-MLP mixes rows and columns alike: give a square")
+    if height <= 0 or height % multiple != 0:
+        near = max(multiple, round(height / multiple) * multiple)
+        raise ValueError(f"img_size is {height}, which is not a multiple of {multiple} (8 * patch_size); use {near}")
+    return height
 
 
 def _check_arguments(
     in_chans: int, num_classes: int, embed_dim: int, depths: Sequence[int], mlp_ratio: float, drop_rate: float
 ) -> None:
-    """Raise one ValueError that lists every argument out of range."""
+    """Raise one ValueError that lists every argument that is out of range."""
     problems = [
         f"{name} is {value}; it must be {rule}"
         for name, value, good, rule in (
@@ -53,7 +67,7 @@ class StripMLPNet(nn.Module):
     """The network (fig. 2): a patch embedding, four stages with merging between them, a linear head.
 
     Skips by grouped convolution, in the published code though not in the figure, carry the merged output of stage 1 to
-    the stages 3 and 4, and that of stage 2 to stage 4.
+    stages 3 and 4, and that of stage 2 to stage 4.
 
     Args:
         img_size: rows and columns of the input, a multiple of 8 * patch_size; the strip weights belong to this size.
@@ -63,7 +77,7 @@ class StripMLPNet(nn.Module):
         embed_dim: channels C of the first stage, doubled in each further one.
         depths: blocks in each of the four stages.
         mlp_ratio: hidden channels of the channel mixing over C (alpha in the paper).
-        num_patches: patches P in every stage; None is the published rule (2 where 80 divides C, else 4).
+        num_patches: patches P in every stage; None follows the published rule (2 where 80 divides C, else 4).
         drop_rate: dropout before the head.
         drop_path_rate: probability that a sample skips a branch in training.
         drop_path_schedule: ``"constant"``, the rate in every block as published, or ``"linear"``, from 0 up to it.
@@ -114,7 +128,7 @@ class StripMLPNet(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The normalised map of stage 4, (B, in_chans, img_size, img_size) -> (B, 8 * embed_dim, H, W)."""
+        """Return the normalised map of stage 4, (B, in_chans, img_size, img_size) -> (B, 8 * embed_dim, H, W)."""
         if not x.is_floating_point():
             raise ValueError(f"input of {x.dtype}; this network takes normalised floating point images")
         if x.shape[1:] != (self.in_chans, self.img_size, self.img_size):
@@ -132,7 +146,7 @@ class StripMLPNet(nn.Module):
         return self.norm(self._run_stage(3, x))
 
     def _run_stage(self, stage: int, x: Tensor) -> Tensor:
-        """The blocks of one stage. Shape: (B, C, H, W) -> same."""
+        """Run the blocks of one stage. Shape: (B, C, H, W) -> same."""
         if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
             return self.stages[stage](x)
         for block in self.stages[stage]:
@@ -140,7 +154,10 @@ class StripMLPNet(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over space, dropout and, unless `pre_logits`, the head: (B, 8 * embed_dim, H, W) -> (B, num_classes)."""
+        """Apply mean over space, dropout and, unless ``pre_logits``, the head.
+
+        Shape: (B, 8 * embed_dim, H, W) -> (B, num_classes), or (B, 8 * embed_dim) with ``pre_logits``.
+        """
         x = self.head_drop(x.mean(dim=(2, 3)))
         return x if pre_logits else self.head(x)
 
@@ -148,11 +165,11 @@ class StripMLPNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new one with `num_classes` outputs, by none if that is 0."""
+        """Replace the head by a new one with ``num_classes`` outputs, or by the identity if that is 0."""
         self.num_classes = num_classes
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head = head.to(self.norm.weight.device, self.norm.weight.dtype)
@@ -162,22 +179,24 @@ class StripMLPNet(nn.Module):
         self.grad_checkpointing = enable
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile each block in place (``torch.compile`` with `options`); the blocks of a stage share their graphs."""
+        """Compile each block in place (``torch.compile`` with ``options``); blocks of a stage share their graphs."""
         for stage in self.stages:
             for block in stage:
                 block.compile(**options)
 
     def to_inference(self) -> nn.Module:
-        """A copy for inference alone with everything constant folded (`models.inference`): the same scores, sooner."""
+        """Return a copy for inference alone in which everything constant is folded: the same scores, faster."""
+        from .fast import InferenceStripMLP
+
         return InferenceStripMLP(self)
 
     def no_weight_decay(self) -> set[str]:
-        """Names exempt from weight decay beyond 1-D parameters and biases: none, as published."""
+        """Return the names exempt from weight decay beyond 1-D parameters and biases: none, as published."""
         return set()
 
 
 def _pretrained_cfg() -> dict[str, Any]:
-    """What timm's data and fine-tuning tools need to know; no weights are hosted for these models."""
+    """Return what timm's data and fine-tuning tools need to know; no weights are hosted for these models."""
     return {
         "url": "",
         "num_classes": 1000,
@@ -199,7 +218,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _published_filter(state_dict: Mapping[str, Tensor], _model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook on loaded weights: published names become ours."""
+    """Rename loaded weights from the published names to ours, as timm asks for."""
     return from_published(state_dict)
 
 

@@ -60,7 +60,7 @@ def may_import(importer: str, module: str) -> bool:
     return any(inside(module, package) for package in (own, *MAY_IMPORT[own]))
 
 
-FACES = ("utils.config", "utils.runtime", "utils.training", "utils.checkpoint", "data")
+FACES = ("utils.config", "utils.runtime", "utils.training", "utils.checkpoint", "data", "models.fast")
 
 
 def behind_a_face(importer: str, module: str) -> bool:

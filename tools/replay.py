@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 from data import build_batch_transform, build_dataset, collate
 from main import accumulate_gradients
-from models import build_model
+from models import accelerate, build_model
 from utils.checkpoint import read_training_state
 from utils.config import parse_config
 from utils.errors import CheckpointError
@@ -149,7 +149,7 @@ class Replay:
             )
         self.device = torch.device(device)
         self.dataset = build_dataset(self.config, is_train=True)
-        self.model = build_model(self.config).to(self.device)
+        self.model = accelerate(build_model(self.config).to(self.device), self.device)
         self.model.no_sync = nullcontext  # as of the distributed wrapper; one process has nothing to reduce
         convert_conv2d_weight_memory_format(self.model, torch.channels_last)  # as in training: the order of sums
         self.precision = build_precision(self.config, self.device)

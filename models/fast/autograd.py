@@ -1,19 +1,15 @@
-"""Training in less memory and time: the same functions with gradients written down by hand.
+"""Hand-written gradients, which take less memory and time than those that autograd derives.
 
 Autograd keeps every intermediate map for the backward pass and walks through memory once for each small operation. The
-functions here and in `models.linear_chain` keep the inputs of a group of cheap operations and rebuild the rest in the
-backward pass. Values and gradients are those of the plain formulation, which each docstring states. It runs instead
-
-- on devices where it was not measured (`DEVICES`),
-- inside `plain_autograd()`, which differentiating twice needs (the functions here refuse it),
-- under torch.compile and in exports, where the compiler does this work itself,
-- where a module was replaced, or carries hooks, parametrizations or synchronised statistics.
+functions here and in ``linear_chain`` keep the inputs of a group of cheap operations and rebuild the rest in the
+backward pass. Values and gradients are those of the formula that each docstring states; they cannot be differentiated
+twice. ``blocks`` decides where they are used, with ``may_use_handwritten`` and ``is_plain``.
 
 Legend: B batch, C or K channels, H rows, W columns.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import reduce
 from typing import Any
 
@@ -22,61 +18,33 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from ..layers import GRN, autocast_dtype, cache_groups, gelu, gelu_, norm_over_space
+from ..layers import GRN, autocast_dtype, mean_over_space
+from .ops import cache_groups, channels_last, gelu, gelu_, norm_over_space
 
 aten = torch.ops.aten
 
 # Types of device on which this was measured to pay. GPUs were not: there PyTorch runs its own operations, or compiles.
-DEVICES = {"cpu"}
-
-_plain_depth = 0
+DEVICES = frozenset({"cpu"})
 
 
-@contextmanager
-def plain_autograd() -> Iterator[None]:
-    """Inside, the network is built from PyTorch's own operations alone, e.g. to differentiate its gradients."""
-    global _plain_depth
-    _plain_depth += 1
-    try:
-        yield
-    finally:
-        _plain_depth -= 1
+def may_use_handwritten(x: Tensor) -> bool:
+    """Return whether ``x`` is on one of ``DEVICES``, and no compiler or export is tracing, which do this themselves."""
+    return x.device.type in DEVICES and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
-def eager(x: Tensor) -> bool:
-    """Whether the hand-written gradients may be used for `x` at all."""
-    return x.device.type in DEVICES and not (_plain_depth or torch.compiler.is_compiling() or torch.jit.is_tracing())
-
-
-def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether reading the parameters of `module` is the same as calling it."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """`x`, copied to channels_last memory order if it has another."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def channels_last_gradient(x: Tensor) -> Tensor:
-    """`x`, whose gradient reaches the operations before it in channels_last order: mixed orders slow them down."""
-    if eager(x) and x.requires_grad:
-        x.register_hook(channels_last)
-    return x
-
-
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The type in which a product with `tensor` is computed: autocast's where that is on, else its own."""
-    return autocast_dtype(tensor.device.type) or tensor.dtype
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether reading the parameters of ``module`` is as good as calling it: exactly a ``kind``, no hooks."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
 
 
 def autocast_as_before(ctx: FunctionCtx) -> AbstractContextManager[None]:
-    """The autocast of the forward pass, which `ctx` holds as `device` and `autocast`, for what runs again behind it."""
+    """Return the autocast of the forward pass, which ``ctx`` holds as ``device`` and ``autocast``."""
     return torch.autocast(ctx.device, ctx.autocast, enabled=ctx.autocast is not None, cache_enabled=False)
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, *, out: Tensor) -> None:
-    """Write ``grad * GELU'(x)`` into `out`, which may be `x`; all three as the contiguous tensors they are."""
+    """Write ``grad * GELU'(x)`` into ``out``, which may be ``x``; all are channels_last, seen as contiguous."""
     grad, x, out = (t.permute(0, 2, 3, 1) for t in (grad.to(x.dtype), x, out))  # (B, C, H, W) -> (B, H, W, C)
     aten.gelu_backward.grad_input(grad, x, grad_input=out)
 
@@ -112,12 +80,12 @@ class _NormGelu(torch.autograd.Function):
 
 
 def norm_gelu(norm: nn.Module, x: Tensor, *, halves: bool = False) -> Any:
-    """``F.gelu(norm(x))``; with `halves`, the two halves of its channels as maps of their own.
+    """Return ``F.gelu(norm(x))``; with ``halves``, the two halves of its channels as maps of their own.
 
     Shape: (B, C, H, W) -> same, or two of (B, C / 2, H, W).
     """
-    lean = eager(x) and torch.is_grad_enabled() and x.requires_grad
-    if not (lean and norm.training and untouched(norm, nn.BatchNorm2d) and norm.momentum is not None):
+    trains = torch.is_grad_enabled() and x.requires_grad and norm.training
+    if not (trains and is_plain(norm, nn.BatchNorm2d) and norm.momentum is not None):
         x = norm(x)
         return tuple(F.gelu(half) for half in x.chunk(2, dim=1)) if halves else gelu(x)
     if norm.num_batches_tracked is not None:
@@ -139,7 +107,7 @@ class _GeluGRN(torch.autograd.Function):
         for h_i, z_i in zip(cache_groups(h), cache_groups(z), strict=True):
             activated.append(gelu(h_i))
             norms.append(norm_over_space(activated[-1]))
-            torch.mul(activated[-1], _grn_scale(norms[-1], gamma, eps).to(h.dtype), out=z_i)
+            torch.mul(activated[-1], grn_scale(norms[-1], gamma, eps).to(h.dtype), out=z_i)
         ctx.save_for_backward(h, gamma, torch.cat(norms), *activated)
         ctx.eps = eps
         return z
@@ -149,7 +117,7 @@ class _GeluGRN(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dz: Tensor) -> tuple[Tensor | None, ...]:
         h, gamma, norm, *activated = ctx.saved_tensors
         mean = norm.mean(dim=1, keepdim=True) + ctx.eps
-        response, scale = norm / mean, _grn_scale(norm, gamma, ctx.eps).to(h.dtype)
+        response, scale = norm / mean, grn_scale(norm, gamma, ctx.eps).to(h.dtype)
         dh, sums = torch.empty_like(h), torch.empty_like(norm)
         maps = (cache_groups(x) for x in (h, channels_last(dz), dh))
         rows = (x.split(len(activated[0])) for x in (norm, mean, response, scale, sums))
@@ -164,18 +132,16 @@ class _GeluGRN(torch.autograd.Function):
         return dh, (sums * response).sum(dim=0).view_as(gamma), None
 
 
-def _grn_scale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
+def grn_scale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """Return the factor by which ``GRN`` multiplies its input, from the input's norm, (B, K, 1, 1) -> same."""
     return 1.0 + gamma.view(1, -1, 1, 1) * (norm / (norm.mean(dim=1, keepdim=True) + eps))
 
 
 def gelu_grn(grn: GRN, h: Tensor) -> Tensor:
-    """``grn(F.gelu(h)) - grn.beta``: the shift is left to the linear layer that follows, which adds it for nothing.
+    """Return ``grn(F.gelu(h)) - grn.beta``: the linear layer that follows adds the shift at no cost.
 
     Shape: (B, K, H, W) -> same.
     """
-    if not eager(h):
-        a = gelu(h)
-        return a * grn.scale(a)
     return _GeluGRN.apply(h, grn.gamma, grn.eps)
 
 
@@ -214,7 +180,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
-    return reduce(torch.add, (x.mean(dim=(2, 3), keepdim=True) for x in maps))
+    return reduce(torch.add, map(mean_over_space, maps))
 
 
 def _weighted(maps: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -226,16 +192,13 @@ def _weighted(maps: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def weighted_sum(*maps: Tensor, weigh: Callable[[Tensor], Tensor], modules: Sequence[nn.Module]) -> Tensor:
-    """The sum of n maps with weights that a small network `weigh` finds from the mean over space of their plain sum.
+    """Return the sum of n maps with weights that a small network finds from the mean over space of their plain sum.
 
     Args:
-        maps: n maps.
-        weigh: (B, C, 1, 1) -> (B, C, n, 1, 1).
-        modules: where the parameters of `weigh` are.
+        maps: n maps that require gradients.
+        weigh: (B, C, 1, 1) -> (B, C, n, 1, 1); it runs again in the backward pass.
+        modules: where the parameters of ``weigh`` are.
     Shape: n x (B, C, H, W) -> same.
     """
-    if not (eager(maps[0]) and torch.is_grad_enabled() and all(x.requires_grad for x in maps)):
-        pooled = _pooled(maps)
-        return _weighted(maps, weigh(pooled).to(pooled.dtype))
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     return _WeightedSum.apply(weigh, parameters, len(maps), *maps, *parameters)

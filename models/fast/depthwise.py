@@ -1,18 +1,16 @@
-"""Depthwise convolution with a weight gradient that suits the CPU's kernels; `models.fast.autograd` says where.
-
-Legend: B batch, C channels, H rows, W columns.
-"""
+"""Depthwise convolution with a weight gradient that suits the CPU's kernels."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from .autograd import aten, channels_last, eager, product_dtype
+from .autograd import aten
+from .ops import channels_last, product_dtype
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """Depthwise convolution on the CPU. Its weight gradient is taken for the middle of the kernel and its two sides.
+    """Depthwise convolution whose weight gradient is computed separately for the middle of the kernel and its sides.
 
     oneDNN is several times faster for kernels at most 3 wide. Column j of the gradient pairs dL/dy with the input moved
     by j - width // 2. For the three middle columns the padding of a 3 wide kernel does that. For the columns lo ..
@@ -47,22 +45,12 @@ class _DepthwiseConv(torch.autograd.Function):
         return gradients(x, weight, [rows, middle], [True, False, False])[0], dweight
 
 
-class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution with stride 1 and zeros around the map, without bias.
+def depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the depthwise convolution with stride 1 and zero padding, (B, C, H, W) -> same.
 
     Args:
-        dim: channels C.
-        kernel_size: rows and columns of the kernel, odd.
-    Shape: (B, C, H, W) -> same.
+        x: map with more than one column.
+        weight: (C, 1, rows, columns), both odd, more than 3 columns.
     """
-
-    def __init__(self, dim: int, kernel_size: tuple[int, int]) -> None:
-        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.kernel_size[1] > 3 and x.shape[3] > 1 and x.device.type == "cpu"
-        if wide and eager(x) and torch.is_grad_enabled() and self.weight.requires_grad:
-            dtype = product_dtype(x)
-            return _DepthwiseConv.apply(x.to(dtype), self.weight.to(dtype))
-        return super().forward(x)
+    dtype = product_dtype(x)
+    return _DepthwiseConv.apply(x.to(dtype), weight.to(dtype))

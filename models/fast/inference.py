@@ -2,15 +2,15 @@
 
 What is folded, in the order of a block:
 
-- the first BatchNorm becomes one scale and shift; the one behind the projection goes into its weight and bias;
+- the first BatchNorm becomes one scale and shift; the one after the projection goes into its weight and bias;
 - a Strip MLP layer is linear, so ``mix(u + pos) = mix_without_bias(u) + mix(pos)``: the position table and the bias
-  become one constant map, which the 1x1 convolutions behind the layer carry on to where one addition serves;
+  become one constant map, which is sent through the 1x1 convolutions after the layer and added once, at their end;
 - the CGSMM's last convolution and the block's fuse are linear in [u, columns] and become one matrix product over
   [u, columns, v'];
-- LayerNorm's scale and shift go into the linear layer behind it, GRN's shift into the bias of the one behind that;
+- LayerNorm's scale and shift go into the linear layer after it, GRN's shift into the bias of the next one;
 - the last BatchNorm goes into the head, with which it commutes over the mean.
 
-Weights are folded in float64. Legend as in `models.blocks`.
+Weights are folded in float64. Legend as in ``models.blocks``.
 """
 
 import copy
@@ -20,24 +20,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..blocks import CGSMM, LSMM, ChannelMixingBlock, StripMixingBlock, StripMLPBlock, StripMLPLayer, concatenated
-from ..layers import autocast_off, gelu_
-from .autograd import channels_last
+from ..blocks import (
+    CGSMM,
+    LSMM,
+    ChannelMixingBlock,
+    StripMixingBlock,
+    StripMLPBlock,
+    StripMLPLayer,
+    cat_channels,
+    split_patches,
+)
+from ..layers import autocast_off, mean_over_space
+from .autograd import grn_scale
+from .ops import channels_last, gelu_, norm_over_space
 from .packed import PackedConv2d, PackedLinear
 
-# Bytes, a thread, of the largest map that samples go through a stage together with on the CPU: what one operation
+# Bytes per CPU thread of the largest map of a group of samples that goes through a stage together: what one operation
 # writes, the next finds in the cache.
-CHUNK_BYTES = 6 * 2**20
+GROUP_BYTES = 6 * 2**20
 
 
 class InferenceStripMLP(nn.Module):
-    """A trained `StripMLPNet` in its inference form; made by ``StripMLPNet.to_inference()``.
+    """A trained ``StripMLPNet`` in its inference form; made by ``StripMLPNet.to_inference()``.
 
-    Takes and gives what the network does, in evaluation mode. Its tensors are buffers under names of its own: it can be
-    moved and saved, but not trained or differentiated, and it keeps the weights of the moment it was made.
+    It takes what the network takes and returns what the network returns in evaluation mode. Its tensors are buffers
+    with names of their own: it can be moved and saved, but not trained or differentiated, and it keeps the weights that
+    the network had when it was made.
 
     Args:
-        model: the network, a `StripMLPNet`; it is left alone.
+        model: the network, a ``StripMLPNet``; it is left alone.
     Shape: (B, in_chans, img_size, img_size) -> (B, num_classes).
     """
 
@@ -66,7 +77,7 @@ class InferenceStripMLP(nn.Module):
         """Refuse to train.
 
         Raises:
-            RuntimeError: if `mode` is true.
+            RuntimeError: if ``mode`` is true.
         """
         if mode:
             raise RuntimeError(
@@ -76,7 +87,7 @@ class InferenceStripMLP(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of the images."""
+        """Return the scores of the images."""
         if x.shape[1:] != (self.in_chans, self.img_size, self.img_size):
             raise ValueError(
                 f"input of shape {tuple(x.shape)}, but this network takes (batch, {self.in_chans}, "
@@ -93,12 +104,12 @@ class InferenceStripMLP(nn.Module):
         return F.linear(x.mean(dim=(2, 3)), self.head_weight, self.head_bias)
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
-        """The blocks of one stage over groups of samples that fit the cache. Shape: (B, C, H, W) -> same."""
+        """Run the blocks of one stage over groups of samples that fit the cache. Shape: (B, C, H, W) -> same."""
         blocks = self.stages[stage]
         if x.device.type != "cpu" or torch.compiler.is_compiling() or len(blocks) == 0:
             return _run(blocks, x)
         largest = len(blocks[0].fc1.weight) * x.shape[2] * x.shape[3] * x.element_size()
-        group = max(1, round(CHUNK_BYTES * torch.get_num_threads() / largest))
+        group = max(1, round(GROUP_BYTES * torch.get_num_threads() / largest))
         return _run(blocks, x) if len(x) <= group else torch.cat([_run(blocks, part) for part in x.split(group)])
 
 
@@ -109,7 +120,7 @@ def _run(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 class _FoldedBlock(nn.Module):
-    """Inference form of a `StripMLPBlock`. Shape: (B, C, H, W) -> same."""
+    """Inference form of a ``StripMLPBlock``. Shape: (B, C, H, W) -> same."""
 
     def __init__(self, block: StripMLPBlock) -> None:
         super().__init__()
@@ -159,21 +170,24 @@ class _FoldedBlock(nn.Module):
     def _with_strip_mixing(self, residual: Tensor) -> Tensor:
         x = gelu_(torch.addcmul(self.norm_shift.to(residual.dtype), residual, self.norm_scale.to(residual.dtype)))
         x = self.project(self.dwconv(x))
-        u, v = x.unflatten(1, (2, self.row_mix.num_patches, -1)).unbind(1)  # (B, C, H, W) -> 2 x (B, P, G, H, W)
-        q = gelu_(self.row_fuse(concatenated(self.row_mix(u.flatten(1, 2)), u)).add_(self.row_map))
-        v = self.lsmm(channels_last(v.flatten(1, 2))).unflatten(1, v.shape[1:3])  # (B, P, G, H, W) -> same
-        return self.fuse(concatenated(u, self.column_mix(q), v)).add_(self.fuse_map).add_(residual)
+        u, v = x.chunk(2, dim=1)  # (B, C, H, W) -> 2 x (B, D, H, W)
+        v = self.lsmm(channels_last(v))
+        u_patches, v_patches = (split_patches(x, self.row_mix.num_patches) for x in (u, v))  # -> (B, H, W, P, G)
+        q = gelu_(self.row_fuse(cat_channels(self.row_mix(u), u_patches)).add_(self.row_map))
+        x = self.fuse(cat_channels(u_patches, self.column_mix(q), v_patches))
+        return x.add_(self.fuse_map).add_(residual)
 
     def _with_channel_mixing(self, residual: Tensor) -> Tensor:
         x = self.dwconv7(residual).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         with autocast_off(x.device.type):  # which would make a float32 map of it
             x = F.layer_norm(x, x.shape[3:], None, None, self.eps)
         x = self.fc1(x.permute(0, 3, 1, 2))  # (B, H, W, C) -> (B, C, H, W)
-        return self.fc2(x.mul_(self.grn.scale(x))).add_(residual)
+        scale = grn_scale(norm_over_space(x), self.grn.gamma, self.grn.eps).to(x.dtype)
+        return self.fc2(x.mul_(scale)).add_(residual)
 
 
 class _FoldedLSMM(nn.Module):
-    """Inference form of an `LSMM`. Shape: (B, D, H, W) -> same."""
+    """Inference form of an ``LSMM``. Shape: (B, D, H, W) -> same."""
 
     def __init__(self, lsmm: LSMM) -> None:
         super().__init__()
@@ -184,53 +198,52 @@ class _FoldedLSMM(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         tall, wide = self.tall(v), self.wide(v)
-        pooled = tall.mean(dim=(2, 3)) + wide.mean(dim=(2, 3)) + v.mean(dim=(2, 3))
-        z = self.reweight2(self.reweight1(pooled[:, :, None, None]))
+        z = self.reweight2(self.reweight1(mean_over_space(tall) + mean_over_space(wide) + mean_over_space(v)))
         weights = z.unflatten(1, (-1, 3)).softmax(dim=2).to(v.dtype)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
         return tall.mul_(weights[:, :, 0]).addcmul_(wide, weights[:, :, 1]).addcmul_(v, weights[:, :, 2])
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift, float64 (C,), that the BatchNorm applies in evaluation."""
+    """Return the scale and shift, float64 (C,), that the BatchNorm applies in evaluation mode."""
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
     return scale, norm.bias.double() - scale * norm.running_mean.double()
 
 
 def _matrix(kernel: Tensor) -> Tensor:
-    """Weight of a 1x1 convolution as a float64 matrix (out, in)."""
+    """Return the weight of a 1x1 convolution as a float64 matrix (out, in)."""
     return kernel.double().flatten(1)
 
 
 def _conv(conv: nn.Conv2d) -> PackedConv2d:
-    """A convolution with constant weights of its own, without bias."""
+    """Return the convolution, which has no bias, with a constant copy of its weight."""
     return PackedConv2d(conv.weight.detach().clone(), padding=conv.padding, groups=conv.groups)
 
 
 def _linear(like: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> PackedLinear:
-    """A linear layer with a copy of the (out, in) weight, in the type and on the device of `like`."""
+    """Return a linear layer with a copy of the (out, in) weight, in the type and on the device of ``like``."""
     weight, bias = (None if tensor is None else tensor.detach().clone().to(like) for tensor in (weight, bias))
     return PackedLinear(weight, bias, gelu=gelu)
 
 
 def _map(values: Tensor) -> Tensor:
-    """(D, H, W) -> (1, D, H, W) in channels_last order."""
+    """Return the map with a batch axis, in channels_last order, (D, H, W) -> (1, D, H, W)."""
     return values[None].contiguous(memory_format=torch.channels_last)
 
 
 def _store(module: nn.Module, like: Tensor, **tensors: Tensor) -> None:
-    """Register `tensors` as buffers of `module`, with the type and device of `like`."""
+    """Register ``tensors`` as buffers of ``module``, with the type and device of ``like``."""
     for name, tensor in tensors.items():
         module.register_buffer(name, tensor.detach().to(like))
 
 
 def _frozen(module: nn.Module) -> nn.Module:
-    """A copy of `module` in evaluation mode whose parameters take no gradients."""
+    """Return a copy of ``module`` in evaluation mode whose parameters take no gradients."""
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
 def _without_bias(layer: StripMLPLayer, position: Tensor) -> tuple[StripMLPLayer, Tensor]:
-    """`layer` as a purely linear map, and what it makes of the position map with its bias, float64 (D, H, W)."""
-    constant = copy.deepcopy(layer).double()(position.double()[None])  # (1, D, H, W) -> (1, P, G, H, W)
+    """Return ``layer`` without its bias, and its output for the position map with its bias, float64 (D, H, W)."""
+    constant = copy.deepcopy(layer).double()(position.double()[None])  # (1, D, H, W) -> (1, H, W, P, G)
     linear = _frozen(layer)
     linear.mix = _conv(layer.mix)
-    return linear, constant[0].flatten(0, 1)
+    return linear, constant[0].flatten(2).permute(2, 0, 1)  # (H, W, P, G) -> (H, W, D) -> (D, H, W)

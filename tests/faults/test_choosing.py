@@ -101,7 +101,7 @@ def test_explicit_path_never_falls_back(starter, out, tmp_path, kind):
 
 @SLOW
 def test_explicit_older_file_wins(starter, reference, out):
-    """--resume of an older file, interrupted again: later files stand aside, the new course goes on."""
+    """--resume of an older file, interrupted again: later files stand aside, the run goes on from there."""
     folder = run_folder(out)
     stop = [("send", {"number": signal.SIGTERM, "step": 8})]
     job = starter.run("--resume", str(step_file(folder, 8)), out=out, faults=stop).assert_ok("preempted")
@@ -129,8 +129,8 @@ def test_number_counts_not_the_time(starter, reference, out):
 
 
 @SLOW
-def test_start_anew_in_a_used_folder(starter, reference, out):
-    """AUTO_RESUME False in a used folder: from scratch, and an interruption continues the new course."""
+def test_start_over_in_a_used_folder(starter, reference, out):
+    """AUTO_RESUME False in a used folder: from scratch, and what an interruption continues is the new run."""
     stop = [("send", {"number": signal.SIGTERM, "step": 2})]
     job = starter.run("TRAIN.AUTO_RESUME=False", out=out, faults=stop).assert_ok("preempted")
     assert "starting from scratch" in job.text()
@@ -160,8 +160,8 @@ def test_evaluation_takes_the_named_file_only(starter, out):
     ),
     ids=("rate", "epochs", "seed", "decay"),
 )
-def test_other_recipe_needs_leave(starter, out, opts, key, values):
-    """Changed setting on resume: an error with both values; with --allow-change it is said and takes effect."""
+def test_other_recipe_needs_permission(starter, out, opts, key, values):
+    """Changed setting on resume: an error with both values; with --allow-change it is logged and takes effect."""
     folder = run_folder(out)
     job = starter.run(*opts, out=out)
     then, now = values
@@ -184,10 +184,10 @@ def test_other_recipe_needs_leave(starter, out, opts, key, values):
         (("TRAIN.EMA_DECAY=0.0", "--allow-change", "TRAIN.EMA_DECAY"), "was saved with averaged weights"),
         (("--allow-change", "TRAIN.BASE_RL"), "TRAIN.BASE_LR"),
     ),
-    ids=("model", "model with leave", "optimizer with leave", "average with leave", "mistyped leave"),
+    ids=("model", "model, allowed", "optimizer, allowed", "average, allowed", "mistyped key"),
 )
 def test_changes_that_cannot_be(starter, out, opts, message):
-    """Another model, optimizer or average on resume: refused even with leave, nothing written."""
+    """Another model, optimizer or average on resume: refused even if allowed, nothing written."""
     before = {path.name: path.read_bytes() for path in run_folder(out).glob("*.pth*")}
     starter.run(*opts, out=out).assert_failed(message)
     assert {path.name: path.read_bytes() for path in run_folder(out).glob("*.pth*")} == before
@@ -206,7 +206,7 @@ def test_other_classes(starter, out, tmp_path):
 
 @SLOW
 def test_other_number_of_samples(starter, out, tmp_path):
-    """Images were added since: said in the log, and the run goes on."""
+    """Images were added since: logged, and the run goes on."""
     images = tmp_path / "images"
     shutil.copytree(starter.folder / "images", images)
     shutil.copy(images / "train" / "a" / "000.png", images / "train" / "a" / "100.png")

@@ -141,7 +141,7 @@ def test_settings_that_must_not_matter(starter, reference, tmp_path, opts):
     ),
 )
 def test_other_world_or_batch_sees_every_sample_once(starter, tmp_path, world, batch):
-    """Stopped at 2 x 4, continued with other processes or batch: every sample once, said in the log."""
+    """Stopped at 2 x 4, continued with other processes or batch: every sample once, and the change is logged."""
     record = [("record_samples", {"folder": str(tmp_path)})]
     starter.run(out=tmp_path, world=2, faults=record + stop_at(2)).assert_ok("preempted")
     job = starter.run("--batch-size", str(batch), out=tmp_path, world=world, faults=record).assert_ok()

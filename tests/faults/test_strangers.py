@@ -133,7 +133,7 @@ NO_CHECKPOINTS = {
 @pytest.mark.parametrize("name", NO_CHECKPOINTS)
 @pytest.mark.parametrize("door", ("--resume", "--pretrained", "main_eval --resume"))
 def test_no_checkpoint_at_all(starter, tmp_path, name, door):
-    """A web page, a git-lfs pointer, an empty file, zeros: said what it is, no advice to drop the protection."""
+    """A web page, a git-lfs pointer, an empty file, zeros: the error says so, without advice to drop the protection."""
     content, reason = NO_CHECKPOINTS[name]
     path = tmp_path / "download.pth"
     path.write_bytes(content)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import StripMLPNet
-from models.fast import autograd as lean
+from models.fast import autograd
+from tests.builders import tiny_network
 from tests.golden.load import arrays, golden_model, images
 
 ONNX_BATCHES = (1, 2, 5)
@@ -76,7 +76,7 @@ def test_wrong_size_is_refused() -> None:
 
 
 def test_without_head_it_gives_features() -> None:
-    model = StripMLPNet(img_size=32, embed_dim=8, depths=(1, 1, 1, 1), num_classes=0).eval()
+    model = tiny_network(num_classes=0).eval()
     inputs = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(model.to_inference()(inputs), model(inputs), rtol=1e-5, atol=1e-6)
@@ -137,7 +137,7 @@ def test_packed_weights_compute_what_plain_ones_do(monkeypatch: pytest.MonkeyPat
     form, inputs = golden_model("nano80").to_inference(), images("nano80", 3)
     with torch.inference_mode():
         packed = form(inputs)
-        monkeypatch.setattr(lean, "DEVICES", set())
+        monkeypatch.setattr(autograd, "DEVICES", frozenset())
         plain = form(inputs)
     assert (packed - plain).abs().max() <= 2e-6 * plain.abs().max()
 

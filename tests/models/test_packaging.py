@@ -103,7 +103,10 @@ def test_requirements_are_ranges_and_constraints_exact():
 
 def test_the_package_is_the_network_alone():
     project = pyproject()
-    assert project["tool"]["setuptools"] == {"packages": ["strip_mlp"], "package-dir": {"strip_mlp": "models"}}
+    folders = sorted(path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "models").rglob("__init__.py"))
+    packages = [folder.replace("models", "strip_mlp", 1).replace("/", ".") for folder in folders]
+    folder_of = dict(zip(packages, folders, strict=True))
+    assert project["tool"]["setuptools"] == {"packages": packages, "package-dir": folder_of}
     assert project["project"]["license"] == "MIT"
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
     needed = requirements("requirements.txt")
@@ -121,6 +124,7 @@ def test_the_network_imports_under_its_installed_name():
         "spec.loader.exec_module(module)\n"
         "model = module.StripMLPNet(img_size=32, embed_dim=16, depths=(1, 1, 1, 1), num_classes=3)\n"
         "assert model.num_classes == 3\n"
+        "assert type(module.inference_form(model)).__module__ == 'strip_mlp.fast.inference'\n"
         "assert not {'models', 'utils', 'data', 'yacs'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.anchor, timeout=120)

@@ -8,24 +8,13 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from models import StripMLPNet, from_published
+from models import accelerate, from_published
+from tests.builders import config_with, tiny_network
 from tests.golden.load import arrays, golden_model, images, soft_cross_entropy
-from utils.config import default_config
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion
 from utils.training.lr_scheduler import build_scheduler, scaled_learning_rates
 from utils.training.optimizer import build_optimizer, param_groups
-
-
-def config_with(**keys):
-    config = default_config()
-    for name, value in keys.items():
-        *sections, key = name.split("__")
-        node = config
-        for section in sections:
-            node = node[section]
-        node[key] = value
-    return config
 
 
 def golden_config(meta: dict):
@@ -41,11 +30,14 @@ def golden_config(meta: dict):
     )
 
 
-def test_stored_training_run_through_the_projects_own_parts() -> None:
+@pytest.mark.parametrize("form", ("plain", "accelerated"))
+def test_stored_training_run_through_the_projects_own_parts(form: str) -> None:
     golden = arrays("trajectory")
     meta = json.loads(str(golden["meta"]))
     config = golden_config(meta)
     model = golden_model(meta["variant"])
+    if form == "accelerated":
+        accelerate(model, torch.device("cpu"))
     lrs = scaled_learning_rates(config, world_size=1)
     optimizer = build_optimizer(config, model, lrs.base)
     scheduler = build_scheduler(config, optimizer, lrs, meta["steps_per_epoch"])
@@ -80,8 +72,15 @@ def test_decayed_parameters_are_the_published_ones() -> None:
     assert len(decayed["params"]) + len(free["params"]) == len(names)
 
 
+def test_a_model_names_further_parameters_that_are_not_decayed() -> None:
+    model = nn.Linear(2, 2)
+    model.no_weight_decay = lambda: {"weight"}
+    optimizer = build_optimizer(config_with(), model, 1e-3)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 2]
+
+
 def rates(config, updates_per_epoch: int = 10) -> list[float]:
-    """Rate that each update of the run is done at."""
+    """Return the rate of each update of the run."""
     model = nn.Linear(2, 2)
     lrs = scaled_learning_rates(config, world_size=1)
     optimizer = build_optimizer(config, model, lrs.base)
@@ -140,7 +139,7 @@ def test_criterion_follows_the_targets() -> None:
 def test_optimizers_descend(name: str) -> None:
     torch.manual_seed(0)
     config = config_with(TRAIN__OPTIMIZER__NAME=name)
-    model = StripMLPNet(img_size=32, embed_dim=8, depths=(1, 1, 1, 1), num_classes=3, drop_path_rate=0.0)
+    model = tiny_network(drop_path_rate=0.0)
     optimizer = build_optimizer(config, model, 1e-2)
     inputs, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 3
     losses = []

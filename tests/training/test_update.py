@@ -1,5 +1,7 @@
 """An update does no more than it must: fused, one reduction, no waiting for the device."""
 
+import math
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from utils.training.state import TrainState
 
 ROOT = Path(__file__).parents[2]
 # The CPU saves the work of samples that DropPath drops; elsewhere the host does not look at the draw.
-ON_THE_CPU_ALONE = {"models/layers.py:add_residual"}
+ON_THE_CPU_ALONE = {"models/fast/blocks.py:add_residual_of_kept"}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,42 @@ def test_one_reduction_per_update_however_many_micro_batches(tiny: TinyRun, step
         main.train_one_epoch(model, state, session)
     assert state.progress.global_step == 6 // steps  # 24 images in batches of 4
     assert len(reduced) == state.progress.global_step  # the tiny model is one bucket
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+@pytest.mark.parametrize("limit", (0.01, 0.0), ids=("clipped", "not clipped"))
+def test_gradients_are_clipped(tiny: TinyRun, limit: float) -> None:
+    """One update of plain SGD moves the weights by the rate times the norm of the gradient."""
+    sgd = ("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.0, "TRAIN.WEIGHT_DECAY", 0.0)
+    words = ("--accumulation-steps", 6, "--opts", *sgd, "TRAIN.CLIP_GRAD", limit)
+    with training(tiny, *words, tag=f"clip{limit}") as (session, model, state):
+        lr, before = state.optimizer.param_groups[0]["lr"], flat(state.model)
+        row = main.train_one_epoch(model, state, session)
+        moved = float((flat(state.model) - before).norm())
+    assert row["grad_norm"] > 0.1
+    assert moved == pytest.approx(lr * (limit or row["grad_norm"]), rel=1e-2)
+
+
+def test_the_average_moves_with_every_update(tiny: TinyRun) -> None:
+    """The first update starts it (timm); from then on it keeps three quarters of what it was."""
+    words = ("--accumulation-steps", 6, "--opts", "TRAIN.EMA_DECAY", 0.75, "TRAIN.EMA_WARMUP", False)
+    with training(tiny, *words, tag="average") as (session, model, state):
+        main.train_one_epoch(model, state, session)
+        first = flat(state.model)
+        assert torch.equal(flat(state.ema.module), first)
+        state.progress.epoch, state.progress.samples_seen = 1, 0
+        main.train_one_epoch(model, state, session)
+        torch.testing.assert_close(flat(state.ema.module), 0.75 * first + 0.25 * flat(state.model))
+
+
+def test_the_rate_follows_the_schedule(tiny: TinyRun) -> None:
+    with training(tiny, "--opts", "TRAIN.MIN_LR", 0.0, tag="rate") as (session, model, state):
+        main.train_one_epoch(model, state, session)
+        rate = state.optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * 5 / 12)) / 2)  # set after the sixth of twelve updates
 
 
 class HostReads(TorchDispatchMode):
@@ -141,3 +179,24 @@ def test_the_gpu_is_never_waited_for(tiny: TinyRun, monkeypatch: pytest.MonkeyPa
             main.train_one_epoch(model, state, session)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_save_restarts_the_clock_of_the_next(tiny: TinyRun) -> None:
+    with training(tiny, tag="clock") as (session, _, state):
+        session.stop.save_due = True
+        path = session.save(state, ("extra.pth",))
+        assert not session.stop.save_due
+        assert path.samefile(path.with_name("extra.pth"))
+
+
+def test_a_log_line_is_due_every_so_many_updates_and_after_the_last_of_an_epoch(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with training(tiny, "--opts", "PRINT_FREQ", 4, tag="due") as (session, _, _):
+        assert session.updates_per_epoch == 6
+        assert session.log_due(1)  # the first update of a run is a sign of life
+        session.log_clock.restart()
+        assert [done for done in range(1, 13) if session.log_due(done)] == [4, 6, 10, 12]
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 31)  # updates that take long are logged by time
+        assert session.log_due(2)

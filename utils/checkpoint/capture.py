@@ -89,7 +89,7 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
     else:
         logger.warning(
             "%s was saved by %d process(es), this run has %d: BatchNorm statistics start from the average "
-            "and random streams anew; the samples already seen in this epoch are not repeated",
+            "and random streams from the seed; the samples already seen in this epoch are not repeated",
             path,
             payload["world_size"],
             get_world_size(),

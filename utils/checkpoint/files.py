@@ -9,10 +9,7 @@ used. It detects damage; it is no signature.
 """
 
 import collections
-import errno
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from torch import Tensor
 from utils.checkpoint.archive import Archive, open_archive, tensor_crc
 from utils.checkpoint.pickled import TensorSpec
 from utils.errors import CheckpointError
-from utils.runtime import atomic_file
+from utils.runtime import atomic_file, link_or_copy
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02"  # pickle protocol 2: PyTorch's format before 1.6
@@ -74,12 +71,7 @@ def link_checkpoint(source: Path, name: str) -> Path:
     target = source.with_name(name)
     try:
         with atomic_file(target) as temporary:
-            try:
-                os.link(source, temporary)
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
-                    raise
-                shutil.copyfile(source, temporary)
+            link_or_copy(source, temporary)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
     return target

@@ -123,7 +123,11 @@ def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: 
         else:
             blocking.append(f"  {key}: {then} in the checkpoint, {now} now (allow with --allow-change {key})")
     if blocking:
-        raise CheckpointError(f"{path} was trained with another recipe:\n" + "\n".join(blocking))
+        raise CheckpointError(
+            f"{path} was trained with another recipe:\n"
+            + "\n".join(blocking)
+            + f"\n  For another run: --tag NEW. To go on with its recipe: --cfg {path.with_name('config.yaml')}"
+        )
 
 
 def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | str) -> None:

@@ -123,7 +123,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} is usable, and starting from zero would hide that:\n"
                 + "\n".join(reasons)
-                + "\n  move them away to start anew, or name a good file with --resume"
+                + "\n  move them away to start over, or name a good file with --resume"
             )
         return None
 

@@ -16,7 +16,7 @@ from utils.training.meters import RunningMeans, UpdateTimer, peak_memory_mib
 logger = logging.getLogger(__name__)
 
 DATA_WAIT_SHARE = 0.1  # of an epoch's time
-DATA_WAIT_SECONDS = 2.0  # in an epoch
+DATA_WAIT_SECONDS = 2.0  # per epoch
 _FIGURES = ("epoch", "train_loss", "val_loss", "val_acc1", "val_acc5", "lr")  # what is drawn
 
 
@@ -77,8 +77,9 @@ def warn_of_data_wait(share: float, seconds: float) -> None:
         return
     logger.warning(
         "training waited for data %.0f %% of the epoch (%.0f s). In this order: one worker per core "
-        "(DATA.NUM_WORKERS -1), decoded images in memory if they fit (DATA.CACHE_DECODED ram), resizing with other "
-        "rounding (DATA.FAST_RESIZE True), a faster disk, more cores; see docs/PERFORMANCE.md",
+        "(DATA.NUM_WORKERS -1), the fast pipeline (DATA.PIPELINE fast), decoded images in memory if they fit "
+        "(DATA.CACHE_DECODED ram), resizing with other rounding (DATA.FAST_RESIZE True), a faster disk, more cores; "
+        "see docs/PERFORMANCE.md",
         100 * share,
         share * seconds,
     )

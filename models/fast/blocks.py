@@ -1,0 +1,134 @@
+"""The blocks with hand-written gradients, and what attaches them to a network.
+
+Each class computes what its base in ``models.blocks`` or ``models.layers`` computes and has the same parameters and
+buffers, so that ``accelerate`` only changes the class of a module, as PyTorch's parametrizations do. Legend as in
+``models.blocks``.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ..blocks import CGSMM, LSMM, ChannelMixingBlock, StripMixingBlock, StripMLPBlock, cat_channels, split_patches
+from ..layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual
+from .autograd import gelu_grn, is_plain, may_use_handwritten, norm_gelu, weighted_sum
+from .depthwise import depthwise_conv
+from .linear_chain import ChainLink, linear_chain
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FastDepthwiseConv2d(DepthwiseConv2d):
+    """``DepthwiseConv2d`` with a faster weight gradient for wide kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.kernel_size[1] > 3 and x.shape[3] > 1
+        if wide and may_use_handwritten(x) and torch.is_grad_enabled() and self.weight.requires_grad:
+            return depthwise_conv(x, self.weight)
+        return super().forward(x)
+
+
+class FastCGSMM(CGSMM):
+    """``CGSMM`` that keeps less for the backward pass."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        if not may_use_handwritten(u):
+            return super().forward(u)
+        patches = split_patches(u, self.row_mix.num_patches)  # (B, D, H, W) -> (B, H, W, P, G)
+        rows = self.row_mix(u + self.row_position().to(u.dtype))
+        q = norm_gelu(self.norm, self.row_fuse(cat_channels(rows, patches)))
+        columns = self.column_mix(q + self.column_position().to(q.dtype))
+        return self.column_fuse(cat_channels(patches, columns))
+
+
+class FastLSMM(LSMM):
+    """``LSMM`` that keeps less for the backward pass."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        layers = self.reweight1, self.reweight2
+        trains = torch.is_grad_enabled() and v.requires_grad
+        if not (trains and may_use_handwritten(v) and all(is_plain(layer, nn.Conv2d) for layer in layers)):
+            return super().forward(v)
+        return weighted_sum(self.tall(v), self.wide(v), v, weigh=self.weights, modules=layers)
+
+
+class FastStripMixingBlock(StripMixingBlock):
+    """``StripMixingBlock`` that keeps less for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not may_use_handwritten(x):
+            return super().forward(x)
+        x = self.project(self.dwconv(norm_gelu(self.norm1, x)))
+        u, v = norm_gelu(self.norm2, x, halves=True)  # (B, C, H, W) -> 2 x (B, D, H, W)
+        return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
+
+
+class FastChannelMixingBlock(ChannelMixingBlock):
+    """``ChannelMixingBlock`` over groups of samples that fit the cache, which keeps less for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kinds = {self.norm: ChannelLayerNorm, self.fc1: PointwiseLinear, self.grn: GRN, self.fc2: PointwiseLinear}
+        if not may_use_handwritten(x) or not all(is_plain(module, kind) for module, kind in kinds.items()):
+            return super().forward(x)
+        expand = ChainLink(self.fc1, self.norm, [self.norm])
+        reduce = ChainLink(self.fc2, partial(gelu_grn, self.grn), [self.grn], shift=self.grn.beta.flatten())
+        return linear_chain(self.dwconv(x), [expand, reduce])  # (B, C, H, W) -> (B, K, H, W) -> (B, C, H, W)
+
+
+class FastStripMLPBlock(StripMLPBlock):
+    """``StripMLPBlock`` in which samples that DropPath drops skip the channel mixing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not may_use_handwritten(x):
+            return super().forward(x)
+        x = add_residual(x, self.strip_mixing(x), self.drop_path)
+        return add_residual_of_kept(x, self.channel_mixing, self.drop_path)
+
+
+def add_residual_of_kept(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: DropPath) -> Tensor:
+    """Return ``add_residual(x, branch(x), drop_path)``, with only those samples in ``branch`` that are not dropped.
+
+    The branch must treat each sample alone. Its batch depends on the draw, for which a GPU would make the host wait.
+    """
+    if not drop_path.training or drop_path.drop_prob == 0.0:
+        return x + branch(x)
+    mask = drop_path(x.new_ones(len(x), 1, 1, 1))
+    kept = mask.flatten().nonzero().squeeze(1)
+    if len(kept) in (0, len(x)):
+        return torch.addcmul(x, branch(x), mask)
+    rows = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C), so that samples are contiguous
+    out = branch(rows.index_select(0, kept).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    scale = 1.0 / (1.0 - drop_path.drop_prob) if drop_path.scale_by_keep else 1.0
+    return rows.index_add(0, kept, out.to(x.dtype), alpha=scale).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+
+
+_FORMS = (
+    FastDepthwiseConv2d,
+    FastCGSMM,
+    FastLSMM,
+    FastStripMixingBlock,
+    FastChannelMixingBlock,
+    FastStripMLPBlock,
+)
+_FAST = {form.__base__: form for form in _FORMS}
+
+
+def accelerate(model: Model) -> Model:
+    """Let the blocks of a network compute their gradients by hand, in place, and return the network.
+
+    Values and gradients are those of the plain formulation up to rounding. Parameters, buffers, their names and the
+    configuration stay; only modules of exactly the classes in ``models`` change. The hand-written gradients are used on
+    the devices in ``DEVICES`` and step aside for ``torch.compile``, exports, and modules that were replaced or carry
+    hooks. They cannot be differentiated twice; for that, leave the network plain.
+
+    Args:
+        model: a ``StripMLPNet``, or any module; what has no fast form is left alone.
+    """
+    for module in model.modules():
+        if type(module) in _FAST:
+            module.__class__ = _FAST[type(module)]
+    return model

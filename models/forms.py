@@ -1,0 +1,30 @@
+"""The forms of a model that are only faster: attached where they pay, left out where ``models/fast`` is missing."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+
+def has_fast_forms() -> bool:
+    """Return whether the folder ``models/fast`` is there."""
+    spec = find_spec(".fast", __package__)
+    return spec is not None and spec.has_location
+
+
+def accelerate(model: nn.Module, device: torch.device) -> nn.Module:
+    """Attach the faster training form in place where it was measured to pay on ``device``; return the model.
+
+    A model without Strip-MLP's blocks, e.g. a timm baseline, is left alone.
+    """
+    if has_fast_forms():
+        from . import fast
+
+        if device.type in fast.DEVICES:
+            fast.accelerate(model)
+    return model
+
+
+def inference_form(model: nn.Module) -> nn.Module:
+    """Return the folded form of the model for inference where it has one (the same scores, faster), else the model."""
+    return model.to_inference() if hasattr(model, "to_inference") and has_fast_forms() else model
