@@ -1,7 +1,11 @@
 """Damaged and hostile checkpoints: what loads is what was saved, and everything else is refused in one message."""
 
+import io
+import os
 import random
+import resource
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.test_checkpoint import FACTS, equal, make_state
+from tests.checkpoint.test_checkpoint import FACTS, equal, make_state, tensors
 from utils.checkpoint.capture import capture, read_training_state, restore
 from utils.checkpoint.files import load_checkpoint, write_checkpoint
+from utils.checkpoint.resume import check_classes
 from utils.checkpoint.store import BEST, LAST, CheckpointStore
 from utils.errors import CheckpointError
 from utils.training.records import record_epoch, trim_metrics
@@ -148,6 +153,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "more skipped than done": (lambda p: p["guard"].update(skipped=7), "guard.skipped"),
     "a random state that is text": (lambda p: p["rank_state"][0]["rng"].update(torch="x"), "rng.torch"),
     "a cut random state": (lambda p: p["rank_state"][0]["rng"].update(torch=torch.zeros(3, dtype=torch.uint8)), "rng"),
+    "a Python stream with a tensor": (
+        lambda p: p["rank_state"][0]["rng"].update(python=(*p["rank_state"][0]["rng"]["python"][:2], torch.ones(2))),
+        "rng.python",
+    ),
     "means of another length": (lambda p: p["rank_state"][0].update(means=[1.0]), "means"),
     "another number of processes": (lambda p: p.update(world_size=2), "rank_state"),
     "versions that are a number": (lambda p: p.update(versions=5), "versions"),
@@ -226,6 +235,155 @@ def test_mutated_files_load_exactly_or_not_at_all(saved: Path) -> None:
 @pytest.mark.parametrize("seed", range(10, 15))
 def test_thousands_of_mutated_files(saved: Path, seed: int) -> None:
     assert fuzz(saved, 1000, seed=seed) > 300
+
+
+# mutations behind right checksums: of the pickle's bytes, and of single entries
+
+
+def rewritten(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """An archive with a changed pickle and right checksums."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(buffer, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, change(source.read(name)) if name.endswith("data.pkl") else source.read(name))
+    return buffer.getvalue()
+
+
+def mutated_pickle(data: bytes, draw: random.Random) -> bytes:
+    """A few random changes: bits, opcodes, repeated and removed stretches."""
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 5))):
+        position, kind = draw.randrange(len(changed)), draw.randrange(4)
+        if kind == 0:
+            changed[position] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            changed[position] = draw.choice(b"()]}.NcRbqhrjtu0esQ\x80\x81\x85\x86\x87\x88\x8aKJMXG")
+        elif kind == 2:
+            start = draw.randrange(len(changed))
+            changed[position:position] = changed[start : start + draw.randrange(1, 40)]
+        else:
+            del changed[position : position + draw.randrange(1, 20)]
+    return bytes(changed)
+
+
+def entries(node: Any, path: tuple = ()) -> list[tuple]:
+    """Paths of all entries of a nested payload; of a long list, of its first five."""
+    found = [path] if path else []
+    if isinstance(node, dict):
+        pairs = list(node.items())
+    else:
+        pairs = list(enumerate(node))[:5] if isinstance(node, (list, tuple)) else []
+    return found + [inner for key, value in pairs for inner in entries(value, (*path, key))]
+
+
+def replaced(node: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
+    """A copy of a nested payload with one entry changed."""
+    if not path:
+        return change(node)
+    copied = dict(node) if isinstance(node, dict) else list(node)
+    copied[path[0]] = replaced(node[path[0]], path[1:], change)
+    return tuple(copied) if isinstance(node, tuple) else copied
+
+
+def odd_value(old: Any, draw: random.Random) -> Any:
+    """Something else in the place of a value: of another type, range, shape, layout or set of keys."""
+    odd = [None, True, -1, 10**30, float("nan"), "", "\n\nA: [", b"x", [], (), {1: 2}, {"a": 1}, [[[[]]]]]
+    odd += [torch.randn(shape) for shape in ((), (3,), (3, 4), (0,))]
+    odd += [torch.empty(3, 4, device="meta"), torch.zeros(1).expand(3, 4), "A: 1\n" * 100_000, torch.float32, {1}]
+    if isinstance(old, torch.Tensor):
+        odd += [old.double(), old.half(), old[None], old * float("nan"), -old, old.flatten()[:1]] * 3
+    elif isinstance(old, (int, float)):
+        odd += [old + 1, old - 1, old + 1000, old - 1000, old + 0.5] * 3
+    elif isinstance(old, dict) and old:
+        odd += [{**old, "another": 1}, {**old, 7: 1}, {**old, "\n": 1}, dict(list(old.items())[1:])] * 4
+    elif isinstance(old, (list, tuple)) and old:
+        odd += [old[::-1], old[:-1], (*old, 1)] * 4
+    return draw.choice(odd)
+
+
+def continues_or_is_refused(path: Path, what: str) -> bool:
+    """Return whether a file can be continued from; assert that it trains on then, or is refused in one line."""
+    state, untouched = make_state(seed=1), make_state(seed=1)
+    try:
+        payload = read_training_state(path)
+        check_classes(FACTS["classes"], payload, path)
+        restore(state, payload, path)
+    except CheckpointError as refusal:
+        message = str(refusal)
+    else:
+        message = ""
+    if message:
+        assert "\n" not in message, what
+        assert str(path) in message, what
+        assert equal(state, untouched), what
+        return False
+    state.guard.begin({})
+    loss = state.model(torch.randn(8, 4)).square().mean()
+    loss.backward()
+    state.guard.step_unless_nonfinite(state.optimizer, state.scaler, loss.detach())
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(state)), what
+    return True
+
+
+def fuzz_behind_checksums(saved: Path, tries: int, seed: int) -> int:
+    """Return how many mutated pickles and entries were refused, within bounded time and memory, in a forked child.
+
+    A child, so that a crash fails one test and its memory can be measured.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, str(_fuzz_behind_checksums(saved, tries, random.Random(seed))).encode())
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}"[:2000].encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, f"the reader was killed by signal {os.WTERMSIG(status)}"
+    assert answer.isdigit(), answer
+    return int(answer)
+
+
+def _fuzz_behind_checksums(saved: Path, tries: int, draw: random.Random) -> int:
+    data, payload, refused = saved.read_bytes(), load_checkpoint(saved), 0
+    parts: dict[str, list[tuple]] = {}
+    for path in entries(payload):
+        parts.setdefault(path[0], []).append(path)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(tries):
+        started = time.process_time()
+        if number % 2:
+            what = f"pickle {number}"
+            saved.write_bytes(rewritten(data, lambda pickle: mutated_pickle(pickle, draw)))
+        else:
+            entry = draw.choice(parts[draw.choice(list(parts))])
+            what = f"entry {entry} of try {number}"
+            torch.save(replaced(payload, entry, lambda old: odd_value(old, draw)), saved)
+        refused += not continues_or_is_refused(saved, what)
+        assert time.process_time() - started < 10, what
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 300 * 1024, f"{grown} KiB"
+    return refused
+
+
+def test_mutations_behind_right_checksums_are_refused_or_harmless(saved: Path) -> None:
+    assert fuzz_behind_checksums(saved, 150, seed=4) > 90
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(20, 24))
+def test_thousands_of_mutations_behind_right_checksums(saved: Path, seed: int) -> None:
+    assert fuzz_behind_checksums(saved, 1000, seed=seed) > 600
+
+
+def test_a_key_that_breaks_lines_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"a\nb": torch.ones(1)}}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="cannot be printed"):
+        load_checkpoint(tmp_path / "a.pth")
 
 
 # kills between the names of a file, and side files

@@ -240,9 +240,10 @@ class Reader:
             self._stack.append(tuple(self._above_mark()))
         elif name in ("APPEND", "APPENDS"):
             items = self._pop(1) if name == "APPEND" else self._above_mark()
-            if type(self._stack[-1]) is not list:
+            if type(self._stack[-1]) not in (list, Unknown):
                 raise PickleFault("it appends to what is not a list")
-            self._stack[-1].extend(items)
+            if type(self._stack[-1]) is list:
+                self._stack[-1].extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             items = self._pop(2) if name == "SETITEM" else self._above_mark()
             if not isinstance(self._stack[-1], Unknown):
@@ -275,7 +276,7 @@ class Reader:
         return items
 
     def _find(self, module: str, name: str) -> Any:
-        full = f"{_MODULES.get(module, module)}.{name}"
+        full = ascii(f"{_MODULES.get(module, module)}.{name}")[1:-1][:200]
         if full not in self._functions:
             self.unknown.add(full)
             return Unknown(full)
@@ -328,4 +329,6 @@ def _set_items(target: Any, items: list[Any]) -> None:
             raise PickleFault(f"a key is a {type(key).__name__}, not text")
         if isinstance(key, (str, bytes)) and len(key) > _MAX_KEY:
             raise PickleFault(f"a key has {len(key):,} characters")
+        if isinstance(key, str) and not key.isprintable():  # it would break the lines of messages
+            raise PickleFault(f"the key {ascii(key)[:60]} has characters that cannot be printed")
         target[key] = value

@@ -192,6 +192,12 @@ def _numpy_state(value: Any, name: str) -> None:
         check(value[index], f"{name}[{index}]")
 
 
+def _python_state(value: Any, name: str) -> None:
+    sequence(anything, 3)(value, name)
+    sequence(integer(0, 2**32 - 1), 625)(value[1], f"{name}[1]")
+    either(nothing, number())(value[2], f"{name}[2]")
+
+
 def _bytes(value: Any, name: str) -> None:
     tensor(value, name)
     if value.dtype != torch.uint8 or value.ndim != 1:
@@ -217,7 +223,7 @@ CLASSES = sequence(text())
 _TENSORS = mapping(text(1000), tensor)
 _RNG = record(
     {
-        "python": loadable(lambda state: random.Random().setstate(state), sequence(anything, 3)),
+        "python": loadable(lambda state: random.Random().setstate(state), _python_state),
         "numpy": loadable(_load_numpy, _numpy_state),
         "torch": loadable(lambda state: torch.Generator().set_state(state), _bytes),
     },
