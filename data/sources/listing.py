@@ -7,7 +7,6 @@ what desktops and tools leave behind does not, each folder is entered once, and 
 import errno
 import logging
 import os
-import re
 import stat
 from argparse import ArgumentTypeError
 from collections import Counter
@@ -15,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.config import expand_path
 from utils.errors import ImageReadError, RunError
 
 logger = logging.getLogger(__name__)
@@ -138,13 +138,12 @@ def expanded_path(text: str) -> Path:
     """Return a path of a command line with ``~`` and ``$VARIABLE`` replaced, which the shell leaves in ``--flag=~/x``.
 
     Raises:
-        ArgumentTypeError: a variable that is not set.
+        ArgumentTypeError: a variable that is not set, or a user who is not known.
     """
-    path = os.path.expandvars(os.path.expanduser(text))
-    unset = re.search(r"\$(\w+|\{[^}]*\})", path)
-    if unset:
-        raise ArgumentTypeError(f"{text!r}: the variable {unset[0]} is not set")
-    return Path(path)
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def image_error(error: OSError) -> ImageReadError | RunError:

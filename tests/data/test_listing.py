@@ -208,7 +208,7 @@ def test_paths_of_the_tools_are_expanded(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "scratch" / "split" / "train" / "cat").is_dir()
     with pytest.raises(SystemExit):
         split_main(["--source=$NOT_SET/x", "--target=y"])
-    assert "variable $NOT_SET is not set" in capsys.readouterr().err
+    assert "variable NOT_SET, which is not set" in capsys.readouterr().err
 
 
 def test_reading_a_regular_file(root):
