@@ -15,8 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
+
+from data import expanded_path, list_images
 
 BACKGROUND = "BACKGROUND_Google"
 PARTS = ("train", "val")
@@ -55,19 +56,30 @@ def split_classes(files: Mapping[str, Sequence[str]], *, seed: int = 1024, ratio
 
 
 def list_classes(source: Path, *, keep_background: bool = False) -> dict[str, list[str]]:
-    """Return the image names of each class folder in ``source``; hidden folders and other files are ignored.
+    """Return the images of each class folder in ``source``, as paths below it, found as training finds them.
+
+    What was not taken is reported on stderr.
 
     Raises:
         FileNotFoundError: no such folder, or no class folders in it.
+        ValueError: links in a circle, or files that cannot be read.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"--source {source} is not a folder; unpack 101_ObjectCategories.tar.gz and name it")
-    classes = {}
-    for folder in sorted(source.iterdir()):
-        if folder.is_dir() and not folder.name.startswith(".") and (keep_background or folder.name != BACKGROUND):
-            classes[folder.name] = [f.name for f in folder.iterdir() if f.name.lower().endswith(IMG_EXTENSIONS)]
-    if not classes:
+    listing = list_images(source)
+    names = [name for name in listing.folders if keep_background or name != BACKGROUND]
+    if not names:
         raise FileNotFoundError(f"--source {source} has no class folders")
+    unusable = [f"{path} ({why})" for path, why in sorted(listing.unusable.items()) if path.split(os.sep)[0] in names]
+    if unusable:
+        raise ValueError(f"--source {source} holds {len(unusable)} files that cannot be read, first {unusable[0]}")
+    for remark in listing.remarks():
+        print(remark, file=sys.stderr)
+    classes: dict[str, list[str]] = {name: [] for name in names}
+    for path in listing.images:
+        name, _, rest = path.partition(os.sep)
+        if name in classes:
+            classes[name].append(rest)
     return classes
 
 
@@ -85,13 +97,12 @@ def write_split(split: Split, source: Path, target: Path, *, symlink: bool = Fal
     for folder in unfinished.values():
         shutil.rmtree(folder, ignore_errors=True)
     for part, name, file in tqdm(jobs, desc="linking" if symlink else "copying", unit="img", disable=None):
-        folder = unfinished[part] / name
-        folder.mkdir(parents=True, exist_ok=True)
-        original = source / name / file
+        original, copy = source / name / file, unfinished[part] / name / file
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if symlink:
-            (folder / file).symlink_to(original.resolve())
+            copy.symlink_to(original.resolve())
         else:
-            shutil.copy2(original, folder / file)
+            shutil.copy2(original, copy)
     for part, folder in unfinished.items():
         _remove(target / part)
         folder.rename(target / part)
@@ -141,8 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description="Split a folder of class folders into train/ and val/.")
-    parser.add_argument("--source", type=Path, required=True, help="folder with one folder of images per class")
-    parser.add_argument("--target", type=Path, required=True, help="folder that gets train/CLASS and val/CLASS")
+    parser.add_argument(
+        "--source", type=expanded_path, required=True, help="folder with one folder of images per class"
+    )
+    parser.add_argument(
+        "--target", type=expanded_path, required=True, help="folder that gets train/CLASS and val/CLASS"
+    )
     parser.add_argument(
         "--seed", type=int, default=1024, help="seed of the shuffle (default: %(default)s, as published)"
     )

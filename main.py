@@ -21,8 +21,8 @@ from torch.nn.utils import clip_grad_norm_
 from yacs.config import CfgNode
 
 import main_eval
-from data import build_batch_transform, build_train_loader, build_val_loader, check_data
-from models import accelerate, build_model, from_published
+from data import build_batch_transform, build_train_loader, build_val_loader, check_data, check_transform
+from models import accelerate, build_model, check_model, from_published
 from utils.checkpoint import (
     BEST,
     CheckpointStore,
@@ -47,6 +47,7 @@ from utils.training import (
     build_optimizer,
     build_precision,
     build_scheduler,
+    check_compiler,
     compile_and_warm_up,
     epoch_row,
     evaluate,
@@ -69,14 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         main_eval.run(args, config)
         return
     stop = StopRequest(config.TRAIN.MAX_RUN_MINUTES, config.TRAIN.SAVE_MINUTES)
-    with start_run(config) as run, stop:
-        run.write_status("running")
-        try:
-            with build_session(config, run, stop) as session:
-                train(session, allow_change=args.allow_change)
-        except BaseException as error:
-            run.write_failure(error)
-            raise
+    with stop, start_run(config) as run, build_session(config, run, stop) as session:
+        train(session, allow_change=args.allow_change)
+    if stop.exit_code:
+        raise SystemExit(stop.exit_code)
 
 
 def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
@@ -90,8 +87,11 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     model, state = build_training(session)
     load_starting_point(state, session, allow_change)
     progress = state.progress
+    run.write_recipe(config)
     if run.is_main:
         trim_metrics(run.output_dir / "metrics.jsonl", progress.epoch)
+    session.check_free_space(state)
+    session.stop.begin_training()
     while progress.epoch < config.TRAIN.EPOCHS:
         with located_errors(session, state):
             row = train_one_epoch(model, state, session)
@@ -109,7 +109,10 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
 
 
 def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
-    """Build everything around the model. Problems with the data are found here, before the model is built."""
+    """Build everything around the model. Problems with settings and data are found here, before the model is built."""
+    check_transform(config)
+    check_model(config, run.device)
+    check_compiler(config, run.device)
     loader = build_train_loader(config, device=run.device)
     val_loader = build_val_loader(config, device=run.device)
     check_data(config, loader.dataset, val_loader.dataset)

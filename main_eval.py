@@ -18,11 +18,11 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
-from data import build_batch_transform, build_val_loader, check_data
-from models import build_model, from_published, inference_form
+from data import build_batch_transform, build_val_loader, check_data, check_transform
+from models import build_model, check_model, from_published, inference_form
 from utils.checkpoint import class_columns, load_weights, resolve_source, sha256, warn_preprocessing, weight_options
 from utils.config import parse
-from utils.runtime import Run, start_run, write_text_atomic
+from utils.runtime import Run, StopRequest, start_run, write_text_atomic
 from utils.training import EvalResult, build_precision, evaluate, measure_throughput
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: Namespace, config: CfgNode) -> None:
     """Do what the flags ask for: evaluate, or measure throughput."""
-    with start_run(config, locked=False) as process:
+    with StopRequest(), start_run(config, training=False) as process:
         if config.THROUGHPUT_MODE:
             throughput(config, process)
         else:
@@ -60,6 +60,8 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
     source = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not source:
         raise ValueError("no checkpoint to evaluate: name one with --resume FILE")
+    check_transform(config)
+    check_model(config, process.device, training=False)
     loader = build_val_loader(config, device=process.device)
     model = build_model(config).to(process.device)
     _, metadata = load_weights(
@@ -83,7 +85,7 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
             autocast=build_precision(config, process.device).autocast,
             columns=columns,
         )
-    top5 = f", top-5 {result.acc5:.2f} %" if len(columns or range(config.MODEL.NUM_CLASSES)) > 5 else ""
+    top5 = f", top-5 {result.acc5:.2f} %" if len(loader.dataset.classes) > 5 else ""
     logger.info(
         "%s: top-1 %.2f %%%s, loss %.4f on %d samples", source, result.acc1, top5, result.loss, result.num_samples
     )
@@ -106,6 +108,7 @@ def write_result(config: CfgNode, process: Run, result: EvalResult, source: str)
 
 def throughput(config: CfgNode, process: Run) -> None:
     """Log the images per second of the forward pass on random images; neither data nor a checkpoint is needed."""
+    check_model(config, process.device, training=False)
     model: nn.Module = build_model(config).to(process.device).eval()
     model = inference_form(model)
     precision = build_precision(config, process.device)

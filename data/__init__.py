@@ -4,7 +4,9 @@ from data.build import build_dataset, build_train_loader, build_val_loader
 from data.checks import check_data
 from data.images.batch import build_batch_transform
 from data.images.decode import decode_image, jpeg_complaint
+from data.images.transforms import check_transform
 from data.loading.collate import collate
+from data.sources.listing import expanded_path, list_images, read_image_file
 
 __all__ = [
     "build_batch_transform",
@@ -12,7 +14,11 @@ __all__ = [
     "build_train_loader",
     "build_val_loader",
     "check_data",
+    "check_transform",
     "collate",
     "decode_image",
+    "expanded_path",
     "jpeg_complaint",
+    "list_images",
+    "read_image_file",
 ]

@@ -15,6 +15,8 @@ from data.sources.base import ArraySource, FolderSource, Source
 from data.sources.builtin import cifar_source, digits_source
 from data.sources.cached import DecodedSource, FinishedSource, finished_file, is_finished, write_finished
 from data.sources.classes import order_classes
+from data.sources.layout import check_layout
+from data.sources.listing import class_folders
 from data.sources.zip import ZipSource
 from utils.config import FOLDER_DATASETS
 from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cores
@@ -40,7 +42,8 @@ def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageL
 def build_val_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:
     """Return this process's share of the validation set, in order, without padding; batches as in training.
 
-    Does not touch the training set. ``len(loader.dataset)`` counts the whole validation set.
+    Of the training set only the class names are looked at, if it is there. ``len(loader.dataset)`` counts the whole
+    validation set.
     """
     dataset = build_dataset(config, is_train=False)
     sampler = EvalShardSampler(len(dataset), rank=get_rank(), world_size=get_world_size())
@@ -53,7 +56,7 @@ def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
 
     Raises:
         ValueError: no DATA.DATA_PATH for a data set that needs it.
-        FileNotFoundError: files are missing; names them.
+        FileNotFoundError: files are missing; names them, and what to do where other data are there.
         RuntimeError: a download or the validation cache failed; on all processes alike.
     """
     source = _build_source(config, is_train=is_train)
@@ -75,13 +78,16 @@ def _build_source(config: CfgNode, *, is_train: bool) -> Source:
         return digits_source(is_train=is_train, as_array=as_array)
     if not data.DATA_PATH:
         raise ValueError(f"DATA.DATASET {data.DATASET!r} needs DATA.DATA_PATH (--data-path): where are the images?")
+    prefix = "train" if is_train else "val"
+    check_layout(data.DATA_PATH, data.DATASET, zip_mode=data.ZIP_MODE, part=prefix)
     if data.DATASET not in FOLDER_DATASETS:
         return cifar_source(data.DATASET, data.DATA_PATH, is_train=is_train, download=data.DOWNLOAD, as_array=as_array)
-    prefix = "train" if is_train else "val"
     if data.ZIP_MODE:
         source = ZipSource(data.DATA_PATH, prefix, cache_mode=data.CACHE_MODE, as_array=as_array)
     else:
-        source = FolderSource(Path(data.DATA_PATH) / prefix, as_array=as_array)
+        folder = Path(data.DATA_PATH)
+        classes = () if is_train else class_folders(folder / "train")  # val/ may lack a class
+        source = FolderSource(folder / prefix, as_array=as_array, classes=classes)
     order_classes(source, data.CLASS_ORDER, data.DATA_PATH)
     return source
 

@@ -1,5 +1,8 @@
 """Checks of the data against the configuration, before training starts."""
 
+import logging
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,9 +10,10 @@ from PIL import ImageFile
 from yacs.config import CfgNode
 
 from data.dataset import ImageDataset
+from data.sources.listing import some
 from utils.runtime import get_world_size
 
-_SHOWN = 5  # names in a message
+logger = logging.getLogger(__name__)
 
 
 def check_data(
@@ -21,16 +25,18 @@ def check_data(
 ) -> None:
     """Compare the data sets with each other and with the configuration; None leaves one out.
 
-    ``subset``: the data hold a part of the model's classes on purpose, so their number is not compared.
+    A class without validation images is a warning. ``subset``: the data hold a part of the model's classes on purpose,
+    so their number is not compared.
 
     Raises:
-        ValueError: lists every problem found: labels or number of classes that do not fit MODEL.NUM_CLASSES, hidden or
-            empty class folders, class lists of train and val that differ, a batch larger than the training set.
+        ValueError: lists every problem found: labels or number of classes that do not fit MODEL.NUM_CLASSES, classes
+            without training images, class lists of train and val that differ, a batch larger than the training set.
     """
     problems = []
     for part, dataset in (("train", train_dataset), ("val", val_dataset)):
         if dataset is not None:
-            problems += [f"{part}: {problem}" for problem in _class_problems(config, dataset, subset=subset)]
+            found = _class_problems(config, dataset, may_lack_classes=part == "val", subset=subset)
+            problems += [f"{part}: {problem}" for problem in found]
     if train_dataset is not None and val_dataset is not None:
         problems += _difference_problems(train_dataset.classes, val_dataset.classes)
     if train_dataset is not None:
@@ -42,17 +48,21 @@ def check_data(
         raise ValueError(f"the data cannot be used ({where}):\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
-def _class_problems(config: CfgNode, dataset: ImageDataset, *, subset: bool) -> list[str]:
+def _class_problems(config: CfgNode, dataset: ImageDataset, *, may_lack_classes: bool, subset: bool) -> list[str]:
     problems = []
     classes, targets = dataset.classes, dataset.targets
     if len(classes) != config.MODEL.NUM_CLASSES and not subset:
         problems.append(
-            f"{len(classes)} classes ({_some(classes)}), but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
+            f"{len(classes)} classes ({some(classes)}), but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
             f"set MODEL.NUM_CLASSES {len(classes)} or give another DATA.DATA_PATH"
         )
-    hidden = [name for name in classes if name.startswith(".")]
-    if hidden:
-        problems.append(f"hidden folders count as classes: {_some(hidden)}; remove them")
+    composed = Counter(map(_composed, classes))
+    twice = [name for name in classes if composed[_composed(name)] > 1]
+    if twice:
+        problems.append(
+            f"classes whose names look alike, in other Unicode characters: {', '.join(map(ascii, twice[:4]))}; "
+            "move their images into one folder"
+        )
     outside = np.flatnonzero((targets < 0) | (targets >= len(classes)))
     if len(outside):
         first = int(outside[0])
@@ -63,16 +73,33 @@ def _class_problems(config: CfgNode, dataset: ImageDataset, *, subset: bool) -> 
     inside = targets[(targets >= 0) & (targets < len(classes))]
     empty = np.flatnonzero(np.bincount(inside, minlength=len(classes)) == 0)
     if len(empty):
-        problems.append(f"{len(empty)} classes have no images: {_some([classes[i] for i in empty])}")
+        text = f"{len(empty)} classes have no images: {some(classes[i] for i in empty)}"
+        if may_lack_classes:
+            logger.warning("val: %s; the results say nothing about them", text)
+        else:
+            problems.append(text)
     return problems
 
 
 def _difference_problems(train: Sequence[str], val: Sequence[str]) -> list[str]:
     if list(train) == list(val):
         return []
+    spellings = {_composed(name): name for name in train}
+    alike = [(spellings[_composed(name)], name) for name in val if spellings.get(_composed(name), name) != name]
+    if alike:
+        shown = ", ".join(f"{ascii(a)} in train and {ascii(b)} in val" for a, b in alike[:3])
+        return [
+            f"{len(alike)} class names are spelled with other Unicode characters in train and val, although they look "
+            f"alike: {shown}; rename the folders of one of them (convmv -f utf8 -t utf8 --nfc -r --notest FOLDER)"
+        ]
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    parts = [f"only in {part}: {_some(names)}" for part, names in (("train", only_train), ("val", only_val)) if names]
+    parts = [f"only in {part}: {some(names)}" for part, names in (("train", only_train), ("val", only_val)) if names]
     return [f"train and val have different classes, so their labels differ ({'; '.join(parts) or 'another order'})"]
+
+
+def _composed(name: str) -> str:
+    """Return a name in the form (NFC) that macOS, unlike other systems, takes apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _batch_problems(config: CfgNode, num_samples: int) -> list[str]:
@@ -85,8 +112,3 @@ def _batch_problems(config: CfgNode, num_samples: int) -> list[str]:
             f"there are {num_samples} training images"
         ]
     return []
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown}, ... ({len(names)} in all)"

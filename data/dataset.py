@@ -8,8 +8,9 @@ from torch.utils.data import Dataset
 
 from data.images.transforms import Transform
 from data.loading.collate import Sample
+from data.loading.shared_memory import shared_zeros
 from data.sources.base import Source
-from utils.errors import ImageReadError
+from utils.errors import ImageReadError, RunError
 from utils.runtime import integer_seed, seed_streams, streams_restored
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class ImageDataset(Dataset):
         self.targets = source.targets
         self._seed = seed
         # one flag per image, in memory that the data workers share with the main process
-        self._bad = torch.zeros(len(source.targets), dtype=torch.bool).share_memory_() if skip_bad else None
+        self._bad = shared_zeros(len(source.targets), torch.bool) if skip_bad else None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -57,6 +58,7 @@ class ImageDataset(Dataset):
         Raises:
             ImageReadError: the image cannot be read; names path, index and class.
             RuntimeError: the transform failed on it; names them too.
+            RunError: the fault is not the image's: too many files are open.
         """
         return self.__getitems__([key])[0]
 
@@ -101,6 +103,8 @@ class ImageDataset(Dataset):
             raise ImageReadError(
                 f"cannot read image {self.describe(index)}: {error}. tools/check_data.py lists all such files"
             ) from error
+        except RunError:
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"the transform failed on {self.describe(index)}: {error} [{type(error).__name__}]"

@@ -2,7 +2,16 @@
 
 from .build import build_model
 from .checkpoint_compat import from_published, to_published
+from .checks import check_model
 from .forms import accelerate, inference_form
 from .strip_mlp import StripMLPNet
 
-__all__ = ["StripMLPNet", "accelerate", "build_model", "from_published", "inference_form", "to_published"]
+__all__ = [
+    "StripMLPNet",
+    "accelerate",
+    "build_model",
+    "check_model",
+    "from_published",
+    "inference_form",
+    "to_published",
+]

@@ -63,6 +63,11 @@ def _build_timm(config: "CfgNode") -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
         raise ValueError(f"MODEL.TIMM_NAME is {name!r}, which timm {timm.__version__} does not know; {hint}")
+    tag = name.partition(".")[2]
+    tags = timm.models.list_pretrained(f"{name.partition('.')[0]}.*") if tag else []
+    if tag and name not in tags:
+        known = ", ".join(found.partition(".")[2] for found in tags) or "none"
+        raise ValueError(f"MODEL.TIMM_NAME is {name!r}, but timm {timm.__version__} knows no such tag; known: {known}")
     options: dict[str, Any] = {"num_classes": config.MODEL.NUM_CLASSES, "in_chans": config.MODEL.STRIP_MLP.IN_CHANS}
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:

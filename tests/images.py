@@ -2,13 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
-from yacs.config import CfgNode
-
-from utils.config import default_config
 
 CLASSES = ("cat", "dog", "emu")
 SIZES = ((37, 52), (60, 41), (48, 48), (33, 90))  # (height, width), pixels
@@ -37,23 +33,3 @@ def write_splits(root: Path, classes: Sequence[str] = CLASSES, train: int = 5, v
     write_folder(root / "train", classes, train)
     write_folder(root / "val", classes, val)
     return root
-
-
-def make_config(**keys: Any) -> CfgNode:
-    """Return the default configuration with keys such as ``DATA__BATCH_SIZE=4`` set; no workers, small images."""
-    config = default_config()
-    defaults = {
-        "DATA__DATASET": "folder",
-        "DATA__NUM_WORKERS": 0,
-        "DATA__BATCH_SIZE": 4,
-        "DATA__IMG_SIZE": 40,
-        "MODEL__NUM_CLASSES": 3,
-    }
-    for name, value in (defaults | keys).items():
-        *sections, key = name.split("__")
-        node = config
-        for section in sections:
-            node = node[section]
-        node[key] = str(value) if isinstance(value, Path) else value
-    config.freeze()
-    return config

@@ -126,6 +126,11 @@ def test_habits(name):
         assert not re.search(r"#.*\b(TODO|FIXME|XXX)\b", (ROOT / name).read_text()), f"{name}: unfinished business"
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_tests_import_from_tests(name):
+    assert [module for module in sorted(imported_modules(name)) if inside(module, "tests")] == []
+
+
 @pytest.mark.parametrize("name", PACKAGE_FILES)
 def test_imports_do_nothing(name):
     """A module's body defines; a bare call there (seeding, filtering warnings, printing) would be an effect."""

@@ -6,13 +6,14 @@ from typing import Any
 
 import main
 import main_eval
+from tests.builders import TINY_MODEL
 from tests.images import write_splits
 
-CONFIG = """
-DATA: {DATASET: imagenet, IMG_SIZE: 32, BATCH_SIZE: 4, NUM_WORKERS: 0, INTERPOLATION: bilinear}
-MODEL: {NAME: tiny, NUM_CLASSES: 3, STRIP_MLP: {EMBED_DIM: 8, LAYERS: [1, 1, 1, 1]}}
-TRAIN: {EPOCHS: 2, WARMUP_EPOCHS: 0, BASE_LR: 1e-3}
-AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0}
+CONFIG = f"""
+DATA: {{DATASET: imagenet, IMG_SIZE: 32, BATCH_SIZE: 4, NUM_WORKERS: 0, INTERPOLATION: bilinear}}
+MODEL: {TINY_MODEL}
+TRAIN: {{EPOCHS: 2, WARMUP_EPOCHS: 0, BASE_LR: 1e-3}}
+AUG: {{AUTO_AUGMENT: none, COLOR_JITTER: 0.0}}
 SAVE_FREQ: 2
 PRINT_FREQ: 2
 """

@@ -2,8 +2,9 @@
 
     python tools/check_data.py /data/imagenet --output bad_images.txt
 
-All image files below the folder are read in parallel with the decoder that training uses. Each bad file gets one line
-in the list, ``path<TAB>reason``. Files that decode although their JPEG data is damaged count as suspicious: training
+All image files below the folder are found as training finds them and read in parallel with the decoder that it uses.
+What was not taken is counted. Each bad file gets one line in the list, ``path<TAB>reason``; links to nothing, FIFOs and
+devices are among them. Files that decode although their JPEG data is damaged count as suspicious: training
 uses them, as the published code does, but some of their pixels may be wrong.
 
 Exit code: 0 all files are good, 1 there are bad ones, 2 nothing could be checked.
@@ -18,12 +19,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
-from data import decode_image, jpeg_complaint
+from data import decode_image, expanded_path, jpeg_complaint, list_images, read_image_file
 from utils.errors import ImageReadError
 from utils.runtime import usable_cores
 
@@ -42,22 +42,12 @@ class Finding:
 def inspect(path: str) -> Finding | None:
     """Decode one file; return what is wrong with it, or None."""
     try:
-        data = Path(path).read_bytes()
+        data = read_image_file(path)
         decode_image(data, as_array=True)
-    except OSError as error:
-        return Finding(path, f"{error.strerror} [{type(error).__name__}]", bad=True)
     except ImageReadError as error:
         return Finding(path, str(error), bad=True)
     complaint = jpeg_complaint(data)
     return Finding(path, complaint, bad=False) if complaint else None
-
-
-def list_images(folder: str | Path) -> list[str]:
-    """Return the paths of all image files below ``folder``, sorted; links to folders are followed."""
-    found = []
-    for parent, _, names in os.walk(folder, followlinks=True):
-        found += [os.path.join(parent, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    return sorted(found)
 
 
 def scan(paths: Sequence[str], *, workers: int) -> list[Finding]:
@@ -77,11 +67,17 @@ def scan(paths: Sequence[str], *, workers: int) -> list[Finding]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = build_parser().parse_args(argv)
-    paths = list_images(args.folder)
-    if not paths:
+    try:
+        listing = list_images(args.folder)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    unusable = [Finding(os.path.join(args.folder, path), why, bad=True) for path, why in listing.unusable.items()]
+    paths = [os.path.join(args.folder, path) for path in listing.images]
+    if not paths and not unusable:
         print(f"error: no image files below {args.folder}", file=sys.stderr)
         return 2
-    findings = scan(paths, workers=args.workers or usable_cores())
+    findings = sorted(unusable + scan(paths, workers=args.workers or usable_cores()), key=lambda f: f.path)
     bad = [finding for finding in findings if finding.bad]
     suspicious = [finding for finding in findings if not finding.bad]
     lines = [f"{finding.path}\t{finding.reason}\n" for finding in bad]
@@ -92,15 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for finding in findings:
         print(f"{'bad' if finding.bad else 'suspicious'}: {finding.path}: {finding.reason}")
-    print(f"{len(paths)} images: {len(bad)} bad, {len(suspicious)} suspicious; list of bad files: {args.output}")
+    for remark in listing.remarks():
+        print(remark)
+    print(
+        f"{len(paths) + len(unusable)} images: {len(bad)} bad, {len(suspicious)} suspicious; "
+        f"list of bad files: {args.output}"
+    )
     return 1 if bad else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description="Decode every image of a folder and list the unreadable ones.")
-    parser.add_argument("folder", type=Path, help="folder with images, at any depth, such as DATA.DATA_PATH")
-    parser.add_argument("--output", type=Path, default=Path("bad_images.txt"), help="list (default: %(default)s)")
+    parser.add_argument("folder", type=expanded_path, help="folder with images, at any depth, such as DATA.DATA_PATH")
+    parser.add_argument(
+        "--output", type=expanded_path, default=Path("bad_images.txt"), help="list (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each usable core)")
     return parser
 

@@ -2,11 +2,12 @@
 
 import logging
 import math
+import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ from utils.checkpoint import (
     restore,
     write_dump,
 )
-from utils.errors import NonFiniteError
-from utils.runtime import Run, StopRequest, gather_objects
+from utils.errors import NonFiniteError, RunError, one_line
+from utils.runtime import Run, StopRequest, free_bytes, gather_objects
 from utils.training import Precision, Progress, TrainState, UpdateTimer, global_batch_size, log_updates
 
 logger = logging.getLogger(__name__)
 
 SLOW_SAVE_SECONDS = 20
+LOG_SECONDS = 30.0  # the longest time without a log line, if updates take less
+_WORKER_DEATH = re.compile("DataLoader worker.*(killed by signal|exited unexpectedly)")
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images (B, C, H, W), targets (B,), sample indices (B,)
 
@@ -52,6 +55,22 @@ class Objective:
         return max(1, self.config.TRAIN.ACCUMULATION_STEPS)
 
 
+class LogClock:
+    """Tells when a log line about the updates is due by time: at the first one, then ``LOG_SECONDS`` after each."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a line."""
+        return time.monotonic() - self._last >= LOG_SECONDS
+
+    def restart(self) -> None:
+        """Count from now; call this after every line."""
+        self._last = time.monotonic()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session(Objective):
     """What the loop needs besides the state; nothing in here has to survive a crash, the config rebuilds it."""
@@ -63,6 +82,7 @@ class Session(Objective):
     store: CheckpointStore
     stop: StopRequest
     metadata: dict[str, Any]
+    log_clock: LogClock = field(default_factory=LogClock)
 
     def __enter__(self) -> "Session":
         return self
@@ -92,10 +112,11 @@ class Session(Objective):
         return self.config.TRAIN.EPOCHS * self.updates_per_epoch - self.updates_done(progress)
 
     def position_text(self, progress: Progress) -> str:
-        """Return the position in the run, for messages."""
-        in_epoch = self.updates_done(progress) - progress.epoch * self.updates_per_epoch
+        """Return the position in the run, for messages: the last update that was done."""
+        epoch = max(1, math.ceil(self.updates_done(progress) / self.updates_per_epoch))
+        in_epoch = self.updates_done(progress) - (epoch - 1) * self.updates_per_epoch
         return (
-            f"epoch {progress.epoch + 1}/{self.config.TRAIN.EPOCHS} update {in_epoch}/{self.updates_per_epoch} "
+            f"epoch {epoch}/{self.config.TRAIN.EPOCHS} update {in_epoch}/{self.updates_per_epoch} "
             f"(step {progress.global_step})"
         )
 
@@ -130,6 +151,7 @@ class Session(Objective):
                 left=self.updates_left(state.progress),
                 device=self.run.device,
             )
+            self.log_clock.restart()
         if self.stop.poll():
             return True
         save_steps = self.config.TRAIN.SAVE_STEPS
@@ -161,11 +183,25 @@ class Session(Objective):
             ) from None
 
     def log_due(self, done: int) -> bool:
-        """Return whether to log: every ``PRINT_FREQ`` updates of an epoch, and after its last one."""
+        """Return whether to log: the first update, every ``PRINT_FREQ`` of an epoch, its last, and by time."""
         in_epoch = (done - 1) % self.updates_per_epoch + 1
-        return in_epoch % self.config.PRINT_FREQ == 0 or in_epoch == self.updates_per_epoch
+        return in_epoch % self.config.PRINT_FREQ == 0 or in_epoch == self.updates_per_epoch or self.log_clock.due
 
     # what survives
+
+    def check_free_space(self, state: TrainState) -> None:
+        """Refuse to train where not even one checkpoint fits.
+
+        Raises:
+            RunError: names the folder, what a checkpoint takes and what is free.
+        """
+        folder = self.run.output_dir
+        needed, free = state_bytes(state), free_bytes(folder)
+        if free is not None and free < needed:
+            raise RunError(
+                f"a checkpoint takes about {needed / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} MB free; make "
+                "room, or choose another place with --output"
+            )
 
     def save(self, state: TrainState, names: tuple[str, ...] = ()) -> Path:
         """Write the state as the newest checkpoint and under ``names``; return its path. Collective."""
@@ -221,14 +257,26 @@ def located_errors(session: Session, state: TrainState) -> Iterator[None]:
         yield
     except Exception as error:
         position = session.position_text(state.progress)
+        if _WORKER_DEATH.search(str(error)) and not isinstance(error, RunError):
+            raise RunError(
+                f"{one_line(error)} A data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
+                f"container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; at {position}"
+            ) from error
         if position not in str(error):
             error.add_note(f"at {position}")
-        if "DataLoader worker" in str(error) and "DATA.NUM_WORKERS" not in str(error):
-            error.add_note(
-                "a data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
-                "container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE"
-            )
         raise
+
+
+def state_bytes(state: TrainState) -> int:
+    """Return about how many bytes a checkpoint of ``state`` takes: weights, averaged weights, optimizer moments."""
+
+    def size(tensors: Iterable[Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    group = state.optimizer.param_groups[0]
+    moments = 2 if "betas" in group else int(group.get("momentum", 0) > 0)
+    weights = size(state.model.state_dict().values()) * (1 if state.ema is None else 2)
+    return weights + moments * size(state.model.parameters())
 
 
 def update_groups(session: Session, state: TrainState) -> Iterator[list[Batch]]:

@@ -8,6 +8,7 @@ the crop out of the decoded array, and draws the same random numbers in the same
 from collections.abc import Callable
 
 import numpy as np
+from PIL import Image
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_interp_mode
@@ -19,6 +20,7 @@ from data.images.decode import Picture
 from data.images.posterize import allow_zero_bits
 from data.images.resize import EvalResize, Resize, ResizedCrop, as_image, pil_resize, torch_resize
 from utils.config import CROP_RATIO, SMALL
+from utils.runtime import seeded_streams
 
 Transform = Callable[[Picture], np.ndarray | Tensor]
 
@@ -38,6 +40,31 @@ def build_transform(config: CfgNode, *, is_train: bool) -> Transform:
     if is_train:
         return _fast_train(config, resize)
     return EvalResize(data.IMG_SIZE, crop=config.TEST.CROP, interpolation=data.INTERPOLATION, resize=resize)
+
+
+def check_transform(config: CfgNode) -> None:
+    """Build the transforms once and run each on one small image; the random streams stay as they are.
+
+    Raises:
+        ValueError: a transform cannot be built or run, or the model does not take the colour images that it makes.
+    """
+    if config.MODEL.STRIP_MLP.IN_CHANS != 3:
+        raise ValueError(
+            f"MODEL.STRIP_MLP.IN_CHANS is {config.MODEL.STRIP_MLP.IN_CHANS}, but every image is read as RGB; "
+            "set it to 3"
+        )
+    picture = Image.fromarray(np.zeros((40, 48, 3), np.uint8))
+    with seeded_streams(0):
+        for is_train in (True, False):
+            try:
+                build_transform(config, is_train=is_train)(picture)
+            except Exception as error:  # whatever the libraries raise
+                raise ValueError(
+                    f"the {'training' if is_train else 'evaluation'} transform cannot be used with AUG.AUTO_AUGMENT "
+                    f"{config.AUG.AUTO_AUGMENT or 'none'}, DATA.INTERPOLATION {config.DATA.INTERPOLATION}, "
+                    f"DATA.PIPELINE {config.DATA.PIPELINE}, DATA.IMG_SIZE {config.DATA.IMG_SIZE}: "
+                    f"{str(error) or type(error).__name__}"
+                ) from error
 
 
 def _reference_train(config: CfgNode) -> Transform:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import get_worker_info
 
 _SHARES = hasattr(os, "memfd_create")  # Linux
 
@@ -21,15 +21,16 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
 def collate_arrays(samples: Sequence[Sample]) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """Return a batch whose targets and indices are arrays, as a worker sends it.
 
-    uint8 arrays (S, S, 3) are copied one after another, which is four times as fast as transposing them to NCHW, and
-    returned as a view (B, 3, S, S), hence channels last. Targets and indices become tensors only at their
-    destination, because each tensor travels in a shared memory segment of its own, which takes a millisecond to open.
+    Float tensors (3, S, S) are stacked as published. uint8 arrays (S, S, 3) are copied one after another, which is four
+    times as fast as transposing them to NCHW, and returned as a view (B, 3, S, S), hence channels last. Targets and
+    indices become tensors only at their destination, because each tensor travels in a shared memory segment of its own,
+    which takes a millisecond to open.
     """
     pictures, targets, indices = zip(*samples, strict=True)
+    stack = _stack_shared if _SHARES and get_worker_info() is not None else _stack
     if isinstance(pictures[0], Tensor):
-        images = default_collate(pictures)  # as published; in a worker it stacks into shared memory
+        images = stack([picture.contiguous().numpy() for picture in pictures])
     else:
-        stack = _stack_shared if _SHARES and get_worker_info() is not None else _stack
         images = stack(pictures).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
     return images, np.array(targets, dtype=np.int64), np.array(indices, dtype=np.int64)
 
@@ -59,4 +60,5 @@ def _stack_shared(pictures: Sequence[np.ndarray]) -> Tensor:
         storage = torch.UntypedStorage._new_shared_fd_cpu(file, len(pictures) * pictures[0].nbytes)
     finally:
         os.close(file)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (len(pictures), *pictures[0].shape))
+    dtype = torch.from_numpy(np.empty(0, pictures[0].dtype)).dtype  # read-only arrays would give a warning
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (len(pictures), *pictures[0].shape))

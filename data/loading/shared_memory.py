@@ -6,9 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from utils.errors import RunError
 from utils.runtime import get_local_world_size
 
+FULL_SHM = (
+    "/dev/shm, where data workers have their locks and counters, is full: make it larger (in a container: "
+    "--shm-size 1g) or lower DATA.NUM_WORKERS"
+)
 _MEMINFO = Path("/proc/meminfo")  # Linux
 _SHM = Path("/dev/shm")
 _USABLE_SHARE = 0.9
@@ -40,6 +46,18 @@ class SharedItems:
         """Return item ``index`` as a writable view, uint8 (length,)."""
         start = self._ends[index - 1] if index else 0
         return self._block.numpy()[start : self._ends[index]]
+
+
+def shared_zeros(length: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros (length,) in memory that all data workers share.
+
+    Raises:
+        RunError: there is no room in /dev/shm.
+    """
+    try:
+        return torch.zeros(length, dtype=dtype).share_memory_()
+    except RuntimeError as error:
+        raise RunError(f"{error}. {FULL_SHM}") from error
 
 
 def free_memory() -> int:

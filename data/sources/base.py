@@ -5,6 +5,7 @@ worker, because reading a Python object writes its reference count.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Protocol
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import ImageFolder
 
 from data.images.decode import Picture, decode_image
-from utils.errors import ImageReadError
+from data.sources.listing import Listing, list_images, read_image_file, some
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -59,45 +61,59 @@ class PackedStrings:
 
 
 class FolderSource:
-    """Images in ``root/CLASS/...``, listed as torchvision's ImageFolder lists them (classes in sorted order).
+    """Images in ``root/CLASS/...``, in the order of torchvision's ImageFolder (classes in sorted order).
+
+    What lies there and is not an image is logged.
 
     Args:
         root: folder with one folder for each class.
         as_array: decode with the fast decoder where possible (see ``decode_image``).
+        classes: number the classes as in this list, which may name more of them than ``root`` has. A list that lacks
+            one of ``root``'s classes is not used.
 
     Raises:
         FileNotFoundError: no such folder, no class folders, or no images.
+        ValueError: a link leads into a folder twice, or something with the name of an image is not a readable file.
     """
 
-    def __init__(self, root: str | Path, *, as_array: bool) -> None:
+    def __init__(self, root: str | Path, *, as_array: bool, classes: Sequence[str] = ()) -> None:
         self.root = Path(root)
         self._prefix = os.path.join(root, "")
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"no folder {self.root}: DATA.DATA_PATH must hold train/CLASS/IMAGE and val/CLASS/IMAGE"
             )
-        if not any(entry.is_dir() for entry in os.scandir(self.root)):
-            raise FileNotFoundError(f"{self.root} has no class folders: expected {self.root}/CLASS/IMAGE")
-        listing = ImageFolder(str(self.root), allow_empty=True)  # empty classes are reported by check_data
-        if not listing.samples:
-            raise FileNotFoundError(
-                f"{self.root} has {len(listing.classes)} class folders but no image (.jpg, .jpeg, .png, .ppm, .bmp, "
-                ".pgm, .tif, .tiff, .webp)"
-            )
-        self.classes = listing.classes
-        self.targets = np.array(listing.targets, dtype=np.int64)
-        self._paths = PackedStrings([os.path.relpath(path, self.root) for path, _ in listing.samples])
+        listing = list_images(self.root)
+        self._check(listing)
+        self.classes = list(classes) if set(listing.folders) <= set(classes) else listing.folders
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        paths = [path for path in listing.images if os.sep in path]
+        self.targets = np.array([numbers[path.partition(os.sep)[0]] for path in paths], dtype=np.int64)
+        self._paths = PackedStrings(paths)
         self.as_array = as_array
+
+    def _check(self, listing: Listing) -> None:
+        for remark in listing.remarks():
+            logger.warning("%s: %s", self.root, remark)
+        if not listing.folders:
+            raise FileNotFoundError(f"{self.root} has no class folders: expected {self.root}/CLASS/IMAGE")
+        outside = sum(os.sep not in path for path in listing.images)
+        if outside:
+            logger.warning("%s: %d images outside the class folders were not taken", self.root, outside)
+        if listing.unusable:
+            shown = some(f"{path}: {reason}" for path, reason in sorted(listing.unusable.items()))
+            raise ValueError(
+                f"{self.root} holds {len(listing.unusable)} images that cannot be read ({shown}); remove or repair "
+                "them (tools/check_data.py lists all)"
+            )
+        if len(listing.images) == outside:
+            raise FileNotFoundError(f"{self.root} has {len(listing.folders)} class folders but no image in them")
 
     def name(self, index: int) -> str:
         return self._prefix + self._paths[index]
 
     def read(self, index: int) -> bytes:
-        try:
-            with open(self.name(index), "rb", buffering=0) as file:
-                return file.read()
-        except OSError as error:
-            raise ImageReadError(f"{error.strerror} [{type(error).__name__}]") from error
+        return read_image_file(self.name(index))
 
     def load(self, index: int) -> Picture:
         return decode_image(self.read(index), as_array=self.as_array)

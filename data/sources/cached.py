@@ -1,12 +1,20 @@
 """Caches that give the same pixels faster: decoded images in memory, finished validation images in a file."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
+import math
+import os
+import shutil
+import socket
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -21,6 +29,8 @@ from utils.errors import ImageReadError
 from utils.runtime import atomic_file, usable_cores
 
 logger = logging.getLogger(__name__)
+
+_ABANDONED_SECONDS = 24 * 3600  # a file that nobody has written to for so long has no writer any more
 
 
 class _CachedSource:
@@ -138,12 +148,58 @@ def write_finished(file: Path, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
         shape: of all images, (N, S, S, 3).
 
     Raises:
-        OSError: the file could not be written.
+        OSError: the file could not be written; a disk that is too small is found out before the first image.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as temporary:
-        pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+    _remove_leftovers(file.parent)
+    # written, not mapped: where the disk is full, a write is an error and an access to mapped memory a crash
+    with atomic_file(file) as temporary, open(temporary, "wb") as stream:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        start, size = stream.tell(), math.prod(shape[1:])
+        _reserve(stream, start + shape[0] * size)
         for images, _, indices in tqdm(batches, f"validation cache {file}", disable=None, leave=False):
-            pixels[indices.numpy()] = images.permute(0, 2, 3, 1).numpy()  # (B, C, H, W) -> (B, H, W, C)
-        pixels.flush()
+            pictures = images.permute(0, 2, 3, 1).numpy()  # (B, C, H, W) -> (B, H, W, C)
+            for index, picture in zip(indices.tolist(), pictures, strict=True):
+                stream.seek(start + index * size)
+                stream.write(np.ascontiguousarray(picture))
+        stream.flush()
     logger.info("wrote the validation cache %s (%.2f GB)", file, file.stat().st_size / 1e9)
+
+
+def _reserve(stream: BinaryIO, size: int) -> None:
+    """Make room for ``size`` bytes on the disk, or raise OSError; a file system that cannot reserve is not asked to."""
+    try:
+        os.posix_fallocate(stream.fileno(), 0, size)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(os.path.dirname(stream.name)).free
+            raise OSError(
+                errno.ENOSPC,
+                f"{error.strerror}: {size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; give DATA.VAL_CACHE "
+                "another folder, or make room",
+            ) from error
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of writers on this machine that were killed, and any that rested for a day."""
+    mine = f".tmp-{socket.gethostname()}-"
+    for leftover in folder.glob(".val_*.npy.tmp-*"):
+        _, is_mine, pid = leftover.name.rpartition(mine)
+        with contextlib.suppress(FileNotFoundError):  # another process removed it, or has finished it
+            rested = time.time() - leftover.stat().st_mtime
+            if rested > _ABANDONED_SECONDS or (is_mine and pid.isdecimal() and not _is_alive(int(pid))):
+                leftover.unlink()
+                logger.info("removed %s, which a killed process left", leftover)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process
+        return True
+    return True

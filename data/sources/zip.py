@@ -1,18 +1,25 @@
 """Images in ``train.zip`` and ``val.zip``, listed in ``train_map.txt`` and ``val_map.txt``.
 
-A line of a map is ``path<TAB>class``: the path of a member of the archive, and a class number or a class name. The
-directory of the archive is read once; after that every process, data workers included, reads members with
+A line of a map is ``path<TAB>class``: the path of a member of the archive, and a class number or a class name. Numbered
+classes are named after the folders of their images, so that a checkpoint fits both the archive and its unpacked folder.
+Maps from Windows are read, too: a byte order mark, UTF-16, CRLF, backslashes.
+
+The directory of the archive is read once; after that every process, data workers included, reads members with
 ``os.pread``, which uses no file position and so is safe between processes, and checks their CRC.
 """
 
+import codecs
 import hashlib
+import logging
 import os
 import re
 import struct
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -20,11 +27,14 @@ from tqdm import tqdm
 from data.images.decode import Picture, decode_image
 from data.loading.shared_memory import SharedItems
 from data.sources.base import PackedStrings
+from data.sources.listing import image_error
 from utils.errors import ImageReadError
 from utils.runtime import get_rank, get_world_size
 
+logger = logging.getLogger(__name__)
+
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
-_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,7}")  # negative ones are reported by check_data
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,7}(\.0+)?")  # negative ones are reported by check_data
 
 
 class ZipSource:
@@ -41,7 +51,7 @@ class ZipSource:
 
     Raises:
         FileNotFoundError: archive or map missing, or the map names members that the archive lacks.
-        ValueError: a malformed map line, an encrypted member, or too little memory.
+        ValueError: a map that cannot be read, an encrypted member, or too little memory.
     """
 
     def __init__(self, root: str | Path, prefix: str, *, cache_mode: str, as_array: bool) -> None:
@@ -50,10 +60,17 @@ class ZipSource:
         for file in (self.archive, map_file):
             if not file.is_file():
                 raise FileNotFoundError(f"zip mode needs {file}: DATA.DATA_PATH must hold {prefix}.zip and its map")
-        paths, labels = read_map(map_file)
-        self.classes, self.targets = number_classes(labels)
+        listed = read_map(map_file)
+        entries = _find_members(self.archive, map_file, listed)
+        paths = [entry.filename.replace("\\", "/") for entry in entries]
+        train_map = Path(root) / "train_map.txt"
+        known = []
+        if map_file != train_map and train_map.is_file():  # val may lack a class, and val.zip has no folders at times
+            train = read_map(train_map)
+            known, _ = number_classes(train.labels, [_plain(path) for path in train.paths])
+        self.classes, self.targets = number_classes(listed.labels, paths, known)
         self._paths = PackedStrings(paths)
-        self._members = _locate_members(self.archive, paths, map_file)
+        self._members = _locations(self.archive, entries)
         self.as_array = as_array
         self._file: tuple[int, int] | None = None  # (process id, file descriptor)
         self._cached: SharedItems | None = None
@@ -94,8 +111,10 @@ class ZipSource:
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
             start = offset + _LOCAL_HEADER.size + name_length + extra_length
             stored = os.pread(file, size, start)
-        except (OSError, struct.error) as error:
-            raise ImageReadError(f"the archive cannot be read: {error} [{type(error).__name__}]") from error
+        except OSError as error:
+            raise image_error(error) from error
+        except struct.error as error:
+            raise ImageReadError("the archive is truncated, or was changed during the run") from error
         if signature != b"PK\x03\x04" or len(stored) != size:
             raise ImageReadError("the archive is truncated, or was changed during the run")
         return stored
@@ -120,53 +139,133 @@ class ZipSource:
         self._cached = cached
 
 
-def read_map(file: str | Path) -> tuple[list[str], list[str]]:
-    """Return the paths and the class texts of a map file.
+class MapLines(NamedTuple):
+    """The images of a map file: member of the archive, class text and line number of each."""
+
+    paths: list[str]
+    labels: list[str]
+    lines: list[int]
+
+
+def read_map(file: str | Path) -> MapLines:
+    """Return what a map file lists.
 
     Raises:
-        ValueError: a malformed line, or no line.
+        ValueError: another encoding than UTF-8 or UTF-16, a malformed line, or no line; names the file and the line.
     """
-    paths, labels = [], []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
+    listed = MapLines([], [], [])
+    for number, line in enumerate(_decode_map(Path(file)).split("\n"), start=1):
         if not line.strip():
             continue
         path, separator, label = line.rpartition("\t")
-        if not separator or not path or not label.strip():
-            raise ValueError(f"{file}, line {number}: expected 'path<TAB>class', found {line!r}")
-        paths.append(path)
-        labels.append(label.strip())
-    if not paths:
+        if not separator or not path.strip() or not label.strip():
+            raise ValueError(
+                f"{file}, line {number}: expected 'path<TAB>class', found {line!r}. Where a comma or a space stands "
+                f"before the class, this replaces it: sed -i -E 's/[, ]+([^, ]+)$/\\t\\1/' {file}"
+            )
+        listed.paths.append(path)
+        listed.labels.append(label.strip())
+        listed.lines.append(number)
+    if not listed.paths:
         raise ValueError(f"{file} lists no images")
-    return paths, labels
+    return listed
 
 
-def number_classes(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def _decode_map(file: Path) -> str:
+    """Return the text of a map file with plain line ends."""
+    data = file.read_bytes()
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        if encoding == "utf-8-sig" and b"\0" in data:
+            raise UnicodeDecodeError(encoding, data, data.index(0), len(data), "zero bytes: UTF-16 without its mark?")
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        source = "utf-16le" if b"\0" in data else "latin1"
+        raise ValueError(
+            f"{file}, line {line}: not {encoding.removesuffix('-sig')} text ({error.reason}); save the file as UTF-8, "
+            f"for example with: iconv -f {source} -t utf-8 {file} > NEW"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def number_classes(
+    labels: Sequence[str], paths: Sequence[str] = (), known: Sequence[str] = ()
+) -> tuple[list[str], np.ndarray]:
     """Return class names and integer targets for class texts.
 
-    If all texts are whole numbers they are the targets, and the names are the numbers; otherwise the classes are
-    numbered in the sorted order of their names.
+    If all texts are whole numbers they are the targets, and the names are those of the images' folders where each class
+    has a folder of its own, else the numbers; otherwise the classes are numbered in the sorted order of their names.
+
+    Args:
+        labels: class text of each image; ``3.0`` is a whole number, too.
+        paths: path of each image, with slashes.
+        known: class names of the training set, which are taken where they fit.
     """
     if all(_WHOLE_NUMBER.fullmatch(label) for label in labels):
-        targets = np.array([int(label) for label in labels], dtype=np.int64)
-        return [str(number) for number in range(int(targets.max()) + 1)], targets
+        targets = np.array([int(label.partition(".")[0]) for label in labels], dtype=np.int64)
+        names = [str(number) for number in range(int(targets.max()) + 1)]
+        for number, folder in _class_folders(targets.tolist(), paths).items():
+            names[number] = folder
+        fits = len(names) <= len(known) and all(name in (known[n], str(n)) for n, name in enumerate(names))
+        return list(known) if fits else names, targets
     names = sorted(set(labels))
+    if set(names) <= set(known):
+        names = list(known)
     numbers = {name: number for number, name in enumerate(names)}
     return names, np.array([numbers[label] for label in labels], dtype=np.int64)
 
 
-def _locate_members(archive: Path, paths: Sequence[str], map_file: Path) -> dict[str, np.ndarray]:
-    """Return where each listed member lies in the archive, as flat arrays."""
+def _class_folders(targets: Sequence[int], paths: Sequence[str]) -> dict[int, str]:
+    """Return the folder of each class: of the outermost level at which classes and folders belong together one to one.
+
+    Empty where there is no such level.
+    """
+    folders = [path.split("/")[:-1] for path in paths]
+    if min(targets) < 0:
+        return {}
+    for level in range(min(map(len, folders), default=0)):
+        pairs = {(target, folder[level]) for target, folder in zip(targets, folders, strict=True)}
+        found = dict(pairs)
+        if len(found) == len(pairs) == len(set(found.values())):
+            return found
+    return {}
+
+
+def _plain(path: str) -> str:
+    """Return a path as most archives spell it: no backslashes, ``./`` or blanks around it, composed Unicode letters."""
+    return unicodedata.normalize("NFC", path.strip().replace("\\", "/").removeprefix("./"))
+
+
+def _find_members(archive: Path, map_file: Path, listed: MapLines) -> list[zipfile.ZipInfo]:
+    """Return the directory entry of each listed image."""
     try:
         with zipfile.ZipFile(archive) as opened:
             directory = {entry.filename: entry for entry in opened.infolist()}
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{archive} is not a readable zip archive: {error}") from error
-    missing = [path for path in paths if path not in directory]
+    plain = {_plain(name): entry for name, entry in directory.items()}
+    entries = [directory.get(path) or plain.get(_plain(path)) for path in listed.paths]
+    missing = [number for number, entry in enumerate(entries) if entry is None]
     if missing:
+        first = missing[0]
+        header = "; is it a header? Then remove it" if missing == [0] and len(entries) > 1 else ""
         raise FileNotFoundError(
-            f"{map_file} lists {len(missing)} files that {archive} does not hold, the first is {missing[0]!r}"
+            f"{map_file} lists {len(missing)} files that {archive} does not hold, the first in line "
+            f"{listed.lines[first]}: {listed.paths[first]!r}{header}; the archive's names are such as "
+            f"{next((name for name in directory if not name.endswith('/')), 'none')!r}"
         )
-    entries = [directory[path] for path in paths]
+    taken = {entry.filename for entry in entries}
+    left = sum(not entry.is_dir() for entry in directory.values()) - len(taken)
+    if left:
+        logger.warning("%s: %d files were not taken, because %s does not list them", archive, left, map_file)
+    if len(taken) < len(entries):
+        logger.warning("%s lists %d files more than once", map_file, len(entries) - len(taken))
+    return entries
+
+
+def _locations(archive: Path, entries: Sequence[zipfile.ZipInfo]) -> dict[str, np.ndarray]:
+    """Return where members lie in the archive, as flat arrays."""
     for entry in entries:
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{archive}: {entry.filename} is encrypted or not stored/deflated; pack with 'zip -0 -r'")

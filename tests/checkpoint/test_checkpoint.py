@@ -151,11 +151,19 @@ REFUSED = {
     "extra key": (("model", "9.weight"), {"value": NAN}, "9.weight: only in the file"),
     "shape": (("model", "0.weight"), {"value": torch.ones(5, 4)}, r"0.weight: \[5, 4\] in the file, \[3, 4\] here"),
     "shape of the average": (("ema", "0.weight"), {"value": torch.ones(5, 4)}, r"0.weight: \[5, 4\] in the file"),
-    "huge": (("model", "0.weight"), {"value": torch.zeros(1).expand(10**6, 10**6)}, r"0.weight: \[1000000, 1000000\]"),
+    "huge": (
+        ("model", "0.weight"),
+        {"value": torch.zeros(1).expand(10**6, 10**6)},
+        r"0.weight: \[1000000, 1000000\] is more",
+    ),
     "NaN weights": (("model", "0.weight"), {"value": NAN}, "'0.weight' has infinite or undefined values"),
     "NaN average": (("ema", "0.weight"), {"value": NAN}, "'0.weight' has infinite or undefined values"),
     "no average": (("ema",), {"value": None}, "saved without averaged weights; set TRAIN.EMA_DECAY"),
-    "moments": (("optimizer", "state", 0, "exp_avg"), {"value": torch.ones(7)}, r"exp_avg of parameter 0 has .*\[7\]"),
+    "moments": (
+        ("optimizer", "state", 0, "exp_avg"),
+        {"value": torch.ones(7)},
+        r"state.0.exp_avg has shape \[7\]",
+    ),
 }
 
 

@@ -322,8 +322,8 @@ FORBIDDEN = (
 )
 
 
-def test_only_one_function_opens_strangers_files():
-    """Nothing else in the programs unpickles, reads yaml unsafely, or runs what a file names."""
+def test_nothing_unpickles():
+    """Nothing in the programs unpickles, reads yaml unsafely, or runs what a file names."""
     found = []
     folders = (ROOT / name for name in ("models", "data", "utils", "tools"))
     for path in sorted([*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]):
@@ -343,7 +343,7 @@ def test_only_one_function_opens_strangers_files():
                 found.append(f"{path.relative_to(ROOT)}: {name}")
             if words.get("allow_pickle", "False") != "False" or words.get("weights_only", "True") != "True":
                 found.append(f"{path.relative_to(ROOT)}: {name} with {words}")
-    assert found == ["utils/checkpoint/files.py: torch.load"]
+    assert found == []
 
 
 # sources

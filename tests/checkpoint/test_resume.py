@@ -4,27 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from yacs.config import CfgNode
 
+from tests.builders import config_with
 from utils.checkpoint.resume import check_continuation, checkpoint_metadata, warn_preprocessing
-from utils.config import default_config
 from utils.errors import CheckpointError
 
 PATH = Path("run/checkpoint_last.pth")
 CLASSES = ("cat", "dog", "emu")
 
 
-def config_with(**keys: Any) -> CfgNode:
-    config = default_config()
-    for name, value in keys.items():
-        section, key = name.split("__")
-        config[section][key] = value
-    return config
-
-
 def payload(classes: tuple[str, ...] = CLASSES, num_samples: int = 48, seen: int = 0, **keys: Any) -> dict[str, Any]:
     """The entries of a checkpoint that are compared."""
-    return {**checkpoint_metadata(config_with(**keys), classes, num_samples), "progress": {"samples_seen": seen}}
+    return {
+        **checkpoint_metadata(config_with(**keys), classes, num_samples),
+        "progress": {"epoch": 0, "samples_seen": seen},
+    }
 
 
 def check(saved: dict[str, Any], *allowed: str, **keys: Any) -> None:

@@ -10,8 +10,8 @@ from timm.data.random_erasing import RandomErasing as TimmErasing
 
 from data import build_batch_transform
 from data.images.erasing import RandomErasing, sample_keys, uniform_numbers
+from tests.builders import data_config
 from tests.data.test_transforms import normalised
-from tests.images import make_config
 from utils.runtime.random_state import integer_seed, seeded_streams
 
 PLAIN = {"AUG__MIXUP": 0.0, "AUG__CUTMIX": 0.0, "AUG__REPROB": 0.0}
@@ -24,7 +24,7 @@ def batch(count=8, size=40, first=0):
 
 
 def transform(is_train=True, rank=0, **keys):
-    return build_batch_transform(make_config(**keys), is_train=is_train, device="cpu", rank=rank)
+    return build_batch_transform(data_config(**keys), is_train=is_train, device="cpu", rank=rank)
 
 
 @pytest.mark.parametrize("is_train", (True, False))
@@ -61,7 +61,7 @@ def test_mixup_is_timms(mode, minmax):
     plain = transform(**PLAIN)(images, targets, indices)[0]
     keys = {"AUG__MIXUP_MODE": mode, "AUG__CUTMIX_MINMAX": minmax, "AUG__MIXUP": 0.3, "AUG__CUTMIX": 0.7}
     keys |= {"AUG__MIXUP_PROB": 0.9, "AUG__MIXUP_SWITCH_PROB": 0.4, "AUG__REPROB": 0.0}
-    config = make_config(**keys)
+    config = data_config(**keys)
     ours = transform(rank=1, **keys)
     aug = config.AUG
     reference = Mixup(

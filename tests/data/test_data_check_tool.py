@@ -44,7 +44,7 @@ def test_bad_files_are_listed_with_the_reason(tool, tmp_path, capsys):
     assert set(names) == {"train/cat/0.jpg", "train/emu/2.jpg", "train/emu/link.jpg", "val/dog/1.jpg"}
     assert "empty" in names["train/cat/0.jpg"]
     assert "truncated" in names["train/emu/2.jpg"]
-    assert "No such file" in names["train/emu/link.jpg"]
+    assert "link to nothing" in names["train/emu/link.jpg"]
     assert "25 images: 4 bad" in capsys.readouterr().out
 
 
@@ -60,6 +60,8 @@ def test_damaged_but_readable_files_are_suspicious_not_bad(tool, tmp_path, capsy
 
 def test_nothing_to_check(tool, tmp_path, capsys):
     assert tool.main([str(tmp_path / "absent")]) == 2
+    assert "No such file" in capsys.readouterr().err
+    assert tool.main([str(tmp_path)]) == 2
     assert "no image files" in capsys.readouterr().err
     write_splits(tmp_path / "set")
     assert tool.main([str(tmp_path / "set"), "--output", str(tmp_path / "none" / "x.txt"), "--workers", "1"]) == 2

@@ -9,7 +9,8 @@ import torch
 
 from data import build_dataset, check_data
 from data.dataset import ImageDataset
-from tests.images import make_config, write_splits
+from tests.builders import data_config
+from tests.images import write_splits
 from utils.errors import ImageReadError
 
 
@@ -28,8 +29,8 @@ def streams():
 
 @pytest.mark.parametrize("pipeline", ("fast", "reference"))
 def test_sample_depends_on_seed_epoch_and_index_only(folder, pipeline):
-    dataset = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline), is_train=True)
-    other_seed = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline, SEED=1), is_train=True)
+    dataset = build_dataset(data_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline), is_train=True)
+    other_seed = build_dataset(data_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline, SEED=1), is_train=True)
     first = np.asarray(dataset[0, 4][0])
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     assert np.array_equal(np.asarray(dataset[0, 4][0]), first)
@@ -49,14 +50,14 @@ def test_each_sample_has_random_streams_of_its_own():
 
 
 def test_loading_leaves_the_random_streams_alone(folder):
-    train, val = build_datasets(make_config(DATA__DATA_PATH=folder))
+    train, val = build_datasets(data_config(DATA__DATA_PATH=folder))
     before = streams()
     train[2, 7], val[1]
     assert streams() == before
 
 
 def test_evaluation_is_deterministic(folder):
-    val = build_dataset(make_config(DATA__DATA_PATH=folder), is_train=False)
+    val = build_dataset(data_config(DATA__DATA_PATH=folder), is_train=False)
     assert np.array_equal(val[2][0], val[2][0])
 
 
@@ -71,7 +72,7 @@ def break_files(dataset, *indices):
 
 @pytest.mark.parametrize("pipeline", ("fast", "reference"))
 def test_error_names_path_index_and_class(folder, pipeline):
-    train, val = build_datasets(make_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline))
+    train, val = build_datasets(data_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline))
     break_files(train, 6)
     with pytest.raises(ImageReadError, match=r"train/dog/1\.jpg \(index 6, class 'dog'\): .*runcated.*BAD_IMAGES"):
         train[0, 6]
@@ -82,7 +83,7 @@ def test_error_names_path_index_and_class(folder, pipeline):
 
 
 def test_failing_transform_names_the_image_and_is_never_skipped(folder):
-    source = build_dataset(make_config(DATA__DATA_PATH=folder), is_train=True).source
+    source = build_dataset(data_config(DATA__DATA_PATH=folder), is_train=True).source
 
     def fail(_):
         raise ZeroDivisionError("by design")
@@ -93,7 +94,7 @@ def test_failing_transform_names_the_image_and_is_never_skipped(folder):
 
 
 def test_skip_replaces_by_another_sample_of_the_same_epoch(folder, caplog):
-    config = make_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip")
+    config = data_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip")
     dataset = build_dataset(config, is_train=True)
     break_files(dataset, 3, 8)
     with caplog.at_level(logging.WARNING):
@@ -112,14 +113,14 @@ def test_skip_replaces_by_another_sample_of_the_same_epoch(folder, caplog):
 
 
 def test_evaluation_never_skips(folder):
-    val = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip"), is_train=False)
+    val = build_dataset(data_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip"), is_train=False)
     break_files(val, 1)
     with pytest.raises(ImageReadError, match="index 1"):
         val[1]
 
 
 def test_skip_gives_up_when_the_storage_is_broken(folder):
-    dataset = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip"), is_train=True)
+    dataset = build_dataset(data_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip"), is_train=True)
     break_files(dataset, *range(15))
     with pytest.raises(ImageReadError, match="gives up: 11 images could not be read, more than 10"):
         dataset[0, 0]
@@ -127,7 +128,7 @@ def test_skip_gives_up_when_the_storage_is_broken(folder):
 
 def test_skip_finds_a_good_image_among_many_bad_ones(folder):
     """Two thirds are bad, so that the replacement is bad too, again and again."""
-    dataset = build_dataset(make_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip"), is_train=True)
+    dataset = build_dataset(data_config(DATA__DATA_PATH=folder, DATA__BAD_IMAGES="skip"), is_train=True)
     break_files(dataset, *range(10))
     assert all(dataset[epoch, index][2] >= 10 for epoch in range(5) for index in range(15))
     assert dataset.bad_indices() == list(range(10))
@@ -167,7 +168,7 @@ def problems(config, train=None, val=None):
 
 
 def test_good_data_passes(folder):
-    config = make_config(DATA__DATA_PATH=folder)
+    config = data_config(DATA__DATA_PATH=folder)
     check_data(config, *build_datasets(config))
     check_data(config, None, build_dataset(config, is_train=False))
 
@@ -175,34 +176,33 @@ def test_good_data_passes(folder):
 def test_all_problems_are_listed_at_once(tmp_path):
     write_splits(tmp_path)
     (tmp_path / "train" / "zebra").mkdir()
-    (tmp_path / "val" / ".ipynb_checkpoints").mkdir()
-    config = make_config(DATA__DATA_PATH=tmp_path, MODEL__NUM_CLASSES=10, DATA__BATCH_SIZE=33)
+    (tmp_path / "val" / "fox").mkdir()
+    config = data_config(DATA__DATA_PATH=tmp_path, MODEL__NUM_CLASSES=10, DATA__BATCH_SIZE=33)
     text = problems(config, *build_datasets(config))
     assert "train: 4 classes ('cat', 'dog', 'emu', 'zebra'), but MODEL.NUM_CLASSES is 10" in text
     assert "train: 1 classes have no images: 'zebra'" in text
-    assert "val: hidden folders count as classes: '.ipynb_checkpoints'" in text
-    assert "only in train: 'zebra'; only in val: '.ipynb_checkpoints'" in text
+    assert "different classes, so their labels differ (only in train: 'zebra'; only in val: 'fox')" in text
     assert "DATA.BATCH_SIZE 33 is larger than the 15 training images" in text
     assert str(tmp_path) in text
 
 
 def test_batch_of_all_processes_must_fit(folder, monkeypatch):
     monkeypatch.setattr("data.checks.get_world_size", lambda: 4)
-    config = make_config(DATA__DATA_PATH=folder)
+    config = data_config(DATA__DATA_PATH=folder)
     assert "4 processes takes 16 images" in problems(config, *build_datasets(config))
     monkeypatch.setattr("data.checks.get_world_size", lambda: 3)
-    check_data(make_config(DATA__DATA_PATH=folder, DATA__BATCH_SIZE=5), *build_datasets(config))  # 15 of 15
+    check_data(data_config(DATA__DATA_PATH=folder, DATA__BATCH_SIZE=5), *build_datasets(config))  # 15 of 15
 
 
 def test_classes_in_another_order_are_a_problem(folder):
-    config = make_config(DATA__DATA_PATH=folder)
+    config = data_config(DATA__DATA_PATH=folder)
     train, val = build_datasets(config)
     val.classes = val.classes[::-1]
     assert "their labels differ (another order)" in problems(config, train, val)
 
 
 def test_labels_outside_the_classes_are_named(folder):
-    config = make_config(DATA__DATA_PATH=folder)
+    config = data_config(DATA__DATA_PATH=folder)
     train = build_dataset(config, is_train=True)
     train.targets[4], train.targets[14] = -1, 3
     text = problems(config, train)
@@ -212,5 +212,5 @@ def test_labels_outside_the_classes_are_named(folder):
 
 def test_tolerating_truncated_files_is_a_problem(folder, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
-    config = make_config(DATA__DATA_PATH=folder)
+    config = data_config(DATA__DATA_PATH=folder)
     assert "LOAD_TRUNCATED_IMAGES" in problems(config, *build_datasets(config))

@@ -1,9 +1,13 @@
 """Loaders: the same batches for any number of workers, an interrupted epoch's tail, caches with the same pixels."""
 
+import errno
 import logging
 import multiprocessing
 import os
 import random
+import resource
+import socket
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +17,8 @@ from data import build_batch_transform, build_dataset, build_train_loader, build
 from data.loading.samplers import TrainSampler
 from data.sources.base import ArraySource
 from data.sources.cached import DecodedSource, FinishedSource
-from tests.images import make_config, write_splits
+from tests.builders import data_config
+from tests.images import write_splits
 from utils.errors import ImageReadError
 from utils.runtime.processes import once_per_machine, usable_cores
 
@@ -43,7 +48,7 @@ def equal(first, second):
 def test_batches_do_not_depend_on_the_number_of_workers(folder, pipeline):
     runs = []
     for workers in (0, 1, 3):
-        config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers, DATA__PIPELINE=pipeline)
+        config = data_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers, DATA__PIPELINE=pipeline)
         loader = build_train_loader(config, device="cpu")
         val = list(build_val_loader(config, device="cpu"))
         runs.append((train_batches(loader, epoch=1) + train_batches(loader, epoch=2), val))
@@ -55,13 +60,13 @@ def test_batches_do_not_depend_on_the_number_of_workers(folder, pipeline):
 
 @pytest.mark.parametrize("workers", (0, 2))
 def test_interrupted_epoch_gives_the_uninterrupted_tail(folder, workers):
-    config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers)
+    config = data_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers)
     whole = train_batches(build_train_loader(config, device="cpu"), epoch=4)
     assert equal(train_batches(build_train_loader(config, device="cpu"), epoch=4, samples_seen=8), whole[2:])
 
 
 def test_layout_of_the_batches(folder):
-    loader = build_train_loader(make_config(DATA__DATA_PATH=folder), device="cpu")
+    loader = build_train_loader(data_config(DATA__DATA_PATH=folder), device="cpu")
     images, targets, indices = next(iter(loader))
     assert images.shape == (4, 3, 40, 40)
     assert images.dtype == torch.uint8
@@ -71,14 +76,14 @@ def test_layout_of_the_batches(folder):
     assert isinstance(loader.sampler, TrainSampler)
     assert (len(loader), loader.sampler.batches_per_epoch) == (6, 6)
     assert loader.dataset.classes == ["cat", "dog", "emu"]
-    reference = build_train_loader(make_config(DATA__DATA_PATH=folder, DATA__PIPELINE="reference"), device="cpu")
+    reference = build_train_loader(data_config(DATA__DATA_PATH=folder, DATA__PIPELINE="reference"), device="cpu")
     assert next(iter(reference))[0].dtype == torch.float32
 
 
 def test_pipelines_meet_after_the_batch_transform(folder):
     results = []
     for pipeline in ("fast", "reference"):
-        config = make_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline, AUG__REPROB=0.0)
+        config = data_config(DATA__DATA_PATH=folder, DATA__PIPELINE=pipeline, AUG__REPROB=0.0)
         loader = build_train_loader(config, device="cpu")
         transform = build_batch_transform(config, is_train=True, device="cpu", rank=0)
         results.append([transform(*batch, epoch=0, update=n) for n, batch in enumerate(train_batches(loader))])
@@ -87,7 +92,7 @@ def test_pipelines_meet_after_the_batch_transform(folder):
 
 def test_validation_needs_no_training_set_and_sees_everything_in_order(folder):
     (folder / "train").rename(folder / "elsewhere")
-    loader = build_val_loader(make_config(DATA__DATA_PATH=folder, TEST__BATCH_SIZE=6), device="cpu")
+    loader = build_val_loader(data_config(DATA__DATA_PATH=folder, TEST__BATCH_SIZE=6), device="cpu")
     indices = [batch[2].tolist() for batch in loader]
     assert indices == [list(range(0, 6)), list(range(6, 12)), list(range(12, 15))]
     assert len(loader.dataset) == 15
@@ -98,14 +103,14 @@ def test_processes_train_on_different_samples(folder, monkeypatch):
     monkeypatch.setattr("data.build.get_world_size", lambda: 3)
     for rank in range(3):
         monkeypatch.setattr("data.build.get_rank", lambda rank=rank: rank)
-        loader = build_train_loader(make_config(DATA__DATA_PATH=folder), device="cpu")
+        loader = build_train_loader(data_config(DATA__DATA_PATH=folder), device="cpu")
         seen += [index for batch in train_batches(loader) for index in batch[2].tolist()]
     assert len(seen) == len(set(seen)) == 24  # of 27, two batches of 4 for each process
 
 
 def test_time_limit_applies_to_workers_only(folder):
     for workers, timeout in ((0, 0), (1, 7)):
-        config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers, DATA__LOADER_TIMEOUT=7)
+        config = data_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers, DATA__LOADER_TIMEOUT=7)
         assert build_train_loader(config, device="cpu").timeout == timeout
 
 
@@ -115,7 +120,7 @@ def test_validation_shards_cover_the_set(folder, monkeypatch, world_size):
     monkeypatch.setattr("data.build.get_world_size", lambda: world_size)
     for rank in range(world_size):
         monkeypatch.setattr("data.build.get_rank", lambda rank=rank: rank)
-        loader = build_val_loader(make_config(DATA__DATA_PATH=folder), device="cpu")
+        loader = build_val_loader(data_config(DATA__DATA_PATH=folder), device="cpu")
         seen += [index for batch in loader for index in batch[2].tolist()]
     assert sorted(seen) == list(range(15))
 
@@ -126,15 +131,15 @@ def test_random_streams_stay_where_they_were(folder, tmp_path):
 
     before = streams()
     for workers in (0, 2):
-        config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers)
+        config = data_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers)
         train_batches(build_train_loader(config, device="cpu"))
         list(build_val_loader(config, device="cpu"))
-    build_val_loader(make_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache"), device="cpu")
+    build_val_loader(data_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache"), device="cpu")
     assert streams() == before
 
 
 def test_broken_image_in_a_worker_is_named(folder):
-    config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=2)
+    config = data_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=2)
     loader = build_train_loader(config, device="cpu")
     index = list(loader.sampler)[9][1]
     open(loader.dataset.sample_name(index), "w").close()
@@ -146,7 +151,7 @@ def test_broken_image_in_a_worker_is_named(folder):
 def test_skipped_images_of_workers_are_counted(folder):
     batches = []
     for workers in (0, 2):
-        config = make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers, DATA__BAD_IMAGES="skip")
+        config = data_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=workers, DATA__BAD_IMAGES="skip")
         loader = build_train_loader(config, device="cpu")
         open(loader.dataset.sample_name(10), "w").close()
         batches.append([batch for epoch in range(3) for batch in train_batches(loader, epoch=epoch)])
@@ -160,7 +165,7 @@ def test_workers_default_to_this_process_share_of_the_cores(folder, monkeypatch)
     assert usable_cores() == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     assert (usable_cores(), usable_cores(shared=False)) == (2, 12)
-    assert build_val_loader(make_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=-1), device="cpu").num_workers == 2
+    assert build_val_loader(data_config(DATA__DATA_PATH=folder, DATA__NUM_WORKERS=-1), device="cpu").num_workers == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "50")
     assert usable_cores() == 1
 
@@ -171,8 +176,8 @@ def test_workers_default_to_this_process_share_of_the_cores(folder, monkeypatch)
 @pytest.mark.parametrize("pipeline", ("fast", "reference"))
 def test_decoded_cache_has_the_same_pixels(folder, pipeline):
     keys = {"DATA__DATA_PATH": folder, "DATA__PIPELINE": pipeline}
-    plain = build_dataset(make_config(**keys), is_train=True)
-    cached = build_dataset(make_config(DATA__CACHE_DECODED="ram", **keys), is_train=True)
+    plain = build_dataset(data_config(**keys), is_train=True)
+    cached = build_dataset(data_config(DATA__CACHE_DECODED="ram", **keys), is_train=True)
     assert isinstance(cached.source, DecodedSource)
     for index in (0, 5, 26):
         assert np.array_equal(np.asarray(cached[1, index][0]), np.asarray(plain[1, index][0]))
@@ -183,7 +188,7 @@ def test_decoded_cache_needs_no_files_and_reports_broken_ones(folder):
     with open(folder / "train" / "cat" / "1.jpg", "r+b") as file:
         file.truncate(900)
     (folder / "train" / "cat" / "2.jpg").write_bytes(b"")
-    config = make_config(DATA__DATA_PATH=folder, DATA__CACHE_DECODED="ram", DATA__NUM_WORKERS=2)
+    config = data_config(DATA__DATA_PATH=folder, DATA__CACHE_DECODED="ram", DATA__NUM_WORKERS=2)
     loader = build_train_loader(config, device="cpu")
     os.remove(loader.dataset.sample_name(20))
     assert loader.dataset[0, 20][2] == 20
@@ -193,20 +198,20 @@ def test_decoded_cache_needs_no_files_and_reports_broken_ones(folder):
 
 
 def test_decoded_cache_is_not_used_for_arrays_and_must_fit(folder, monkeypatch):
-    digits = build_dataset(make_config(DATA__DATASET="digits", DATA__CACHE_DECODED="ram"), is_train=False)
+    digits = build_dataset(data_config(DATA__DATASET="digits", DATA__CACHE_DECODED="ram"), is_train=False)
     assert isinstance(digits.source, ArraySource)
     monkeypatch.setattr("data.loading.shared_memory.free_memory", lambda: 10_000)
     with pytest.raises(ValueError, match="DATA.CACHE_DECODED ram needs 0.00 GB"):
-        build_dataset(make_config(DATA__DATA_PATH=folder, DATA__CACHE_DECODED="ram"), is_train=True)
+        build_dataset(data_config(DATA__DATA_PATH=folder, DATA__CACHE_DECODED="ram"), is_train=True)
 
 
 @pytest.fixture
 def cached_config(folder, tmp_path):
-    return make_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache" / "deeper", DATA__NUM_WORKERS=2)
+    return data_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache" / "deeper", DATA__NUM_WORKERS=2)
 
 
 def test_validation_cache_has_the_same_batches(folder, cached_config, caplog):
-    expected = list(build_val_loader(make_config(DATA__DATA_PATH=folder), device="cpu"))
+    expected = list(build_val_loader(data_config(DATA__DATA_PATH=folder), device="cpu"))
     with caplog.at_level(logging.INFO):
         loader = build_val_loader(cached_config, device="cpu")
     assert "wrote the validation cache" in caplog.text
@@ -237,8 +242,8 @@ def test_validation_cache_is_made_anew_for_another_transform(folder, tmp_path):
     squashed = {"TEST__CROP": False}
     changes = ({}, {"DATA__INTERPOLATION": "bilinear"}, {"DATA__FAST_RESIZE": True}, squashed)
     for number, keys in enumerate((*changes, squashed | {"DATA__IMG_SIZE": 48}), start=1):
-        config = make_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache", **keys)
-        plain = build_dataset(make_config(DATA__DATA_PATH=folder, **keys), is_train=False)
+        config = data_config(DATA__DATA_PATH=folder, DATA__VAL_CACHE=tmp_path / "cache", **keys)
+        plain = build_dataset(data_config(DATA__DATA_PATH=folder, **keys), is_train=False)
         assert np.array_equal(build_dataset(config, is_train=False)[4][0], plain[4][0])
         assert len(list((tmp_path / "cache").iterdir())) == number
 
@@ -246,9 +251,9 @@ def test_validation_cache_is_made_anew_for_another_transform(folder, tmp_path):
 @pytest.mark.parametrize("library", ("PIL", "torch"))
 def test_validation_cache_is_made_anew_for_another_version_of_the_library(folder, tmp_path, monkeypatch, library):
     keys = {"DATA__DATA_PATH": folder, "DATA__VAL_CACHE": tmp_path / "cache", "DATA__FAST_RESIZE": library == "torch"}
-    build_dataset(make_config(**keys), is_train=False)
+    build_dataset(data_config(**keys), is_train=False)
     monkeypatch.setattr(f"{library}.__version__", "99.9")
-    build_dataset(make_config(**keys), is_train=False)
+    build_dataset(data_config(**keys), is_train=False)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -283,9 +288,65 @@ def test_damaged_validation_cache_is_refused(folder, cached_config):
         build_val_loader(cached_config, device="cpu")
 
 
+def test_full_disk_is_found_before_the_first_image(folder, cached_config, monkeypatch):
+    monkeypatch.setattr("data.dataset.ImageDataset.__getitems__", lambda *_: pytest.fail("an image was read"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the kernel refuses a larger file
+    try:
+        with pytest.raises(RuntimeError, match="validation cache .* failed: .*File too large"):
+            build_val_loader(cached_config, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    with pytest.raises(RuntimeError, match="No space left on device: 7.21e-05 GB are needed.*DATA.VAL_CACHE"):
+        build_val_loader(cached_config, device="cpu")
+    assert list((folder / "cache" / "deeper").iterdir()) == []
+
+
+def test_disk_that_fills_while_the_validation_cache_is_written(folder, cached_config, monkeypatch):
+    """As on file systems that cannot reserve room; an access to mapped memory would be a bus error."""
+
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("os.posix_fallocate", unsupported)
+    monkeypatch.setattr("data.build._WRITE_BATCH", 4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # for the memory files of batches, too
+    try:
+        with pytest.raises(RuntimeError, match="validation cache .* failed: .*File too large"):
+            build_val_loader(cached_config, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((folder / "cache" / "deeper").iterdir()) == []
+    expected = list(build_val_loader(data_config(DATA__DATA_PATH=folder), device="cpu"))
+    assert equal(list(build_val_loader(cached_config, device="cpu")), expected)
+
+
+def test_unfinished_files_of_dead_writers_are_removed(folder, cached_config):
+    cache = folder / "cache" / "deeper"
+    cache.mkdir(parents=True)
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
+    here = socket.gethostname()
+    ages = {f"{here}-{ended.pid}": 0, "elsewhere-7": 2 * 86400, f"{here}-{os.getppid()}": 0, "elsewhere-8": 0}
+    for name, age in ages.items():
+        file = cache / f".val_0.npy.tmp-{name}"
+        file.write_bytes(b"x")
+        os.utime(file, (time.time() - age,) * 2)
+    build_val_loader(cached_config, device="cpu")
+    left = sorted(file.name for file in cache.glob(".*"))
+    assert left == sorted(f".val_0.npy.tmp-{name}" for name in list(ages)[2:]), "of living ones, or perhaps"
+
+
 def test_validation_cache_is_filled_batch_by_batch(folder, cached_config, monkeypatch):
     monkeypatch.setattr("data.build._WRITE_BATCH", 4)
-    expected = list(build_val_loader(make_config(DATA__DATA_PATH=folder), device="cpu"))
+    expected = list(build_val_loader(data_config(DATA__DATA_PATH=folder), device="cpu"))
     assert equal(list(build_val_loader(cached_config, device="cpu")), expected)
 
 

@@ -1,7 +1,10 @@
 """Worker processes: they survive the job's signals, never outlive it, and their failures give advice."""
 
+import errno
+import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +18,9 @@ from torch.utils.data import DataLoader
 from data import build_dataset, build_train_loader
 from data.loading.collate import collate
 from data.loading.loader import ImageLoader, WorkerInit
-from tests.images import make_config, write_splits
+from tests.builders import data_config
+from tests.images import write_splits
+from utils.errors import ImageReadError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +86,7 @@ def test_workers_end_with_their_process(end, code):
 
 def test_workers_survive_signals_to_the_job(tmp_path):
     others = multiprocessing.active_children()
-    config = make_config(DATA__DATA_PATH=write_splits(tmp_path, train=20), DATA__NUM_WORKERS=2)
+    config = data_config(DATA__DATA_PATH=write_splits(tmp_path, train=20), DATA__NUM_WORKERS=2)
     loader = build_train_loader(config, device="cpu")
     batches = iter(loader)
     next(batches)
@@ -100,7 +105,7 @@ def test_workers_survive_signals_to_the_job(tmp_path):
 
 def test_workers_of_every_start_method_give_the_same_batches(tmp_path):
     keys = {"DATA__DATA_PATH": write_splits(tmp_path), "DATA__BAD_IMAGES": "skip", "DATA__CACHE_DECODED": "ram"}
-    dataset = build_dataset(make_config(**keys), is_train=True)
+    dataset = build_dataset(data_config(**keys), is_train=True)
     batches = []
     for method in (None, "spawn"):
         loader = DataLoader(
@@ -156,3 +161,117 @@ def test_other_errors_pass_unchanged():
 
     with pytest.raises(RuntimeError, match="^mine$"):
         list(ImageLoader(Faulty(fail), num_workers=0))
+
+
+# --- what the workers need ---
+
+
+@pytest.fixture
+def config(tmp_path):
+    return data_config(DATA__DATA_PATH=write_splits(tmp_path), DATA__NUM_WORKERS=2)
+
+
+def refusal(config):
+    """Return the message of the error that ends the first pass; nothing must be left running."""
+    others = multiprocessing.active_children()
+    with pytest.raises(RunError) as info:
+        list(build_train_loader(config, device="cpu"))
+    assert not [child for child in multiprocessing.active_children() if child not in others]
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+def test_folder_too_long_for_sockets_is_found_before_the_first_batch(config, tmp_path, monkeypatch):
+    long = tmp_path / ("job" * 30) / "tmp"
+    long.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    started = time.monotonic()
+    message = refusal(config)
+    assert f"TMPDIR {str(long)!r}: AF_UNIX path too long" in message
+    assert time.monotonic() - started < 5
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir")
+
+
+def test_too_few_open_files_name_ulimit(config):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, hard))
+    try:
+        assert "ulimit -n" in refusal(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_many_open_files_are_not_the_image_s_fault(config, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    config = config.clone()
+    config.defrost()
+    config.DATA.BAD_IMAGES = "skip"
+    monkeypatch.setattr("data.sources.listing._open_without_waiting", refuse)
+    with pytest.raises(RunError, match="ulimit -n"):
+        build_dataset(config, is_train=True)[0, 0]
+    assert "ulimit -n" in refusal(config)
+
+
+def test_full_shared_memory_names_shm_size(config, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse_tensor(*_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr("data.loading.loader.multiprocessing.Semaphore", refuse)
+    assert "--shm-size" in refusal(config)
+    monkeypatch.setattr("torch.Tensor.share_memory_", refuse_tensor)
+    assert "--shm-size" in refusal(config)
+
+
+def test_float_batches_of_workers_are_those_of_the_main_process(tmp_path):
+    write_splits(tmp_path)
+    batches = []
+    for workers in (0, 2):
+        keys = {"DATA__DATA_PATH": tmp_path, "DATA__PIPELINE": "reference", "DATA__NUM_WORKERS": workers}
+        loader = build_train_loader(data_config(**keys), device="cpu")
+        batches.append(list(loader))
+        loader.close()
+    assert batches[0][0][0].dtype == torch.float32
+    assert all(torch.equal(a, b) for one, two in zip(*batches, strict=True) for a, b in zip(one, two, strict=True))
+
+
+# --- errors of images ---
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_error_of_an_image_arrives_as_it_was_raised(tmp_path, workers):
+    (write_splits(tmp_path) / "train" / "cat" / "0.jpg").write_bytes(b"broken")
+    loader = build_train_loader(data_config(DATA__DATA_PATH=tmp_path, DATA__NUM_WORKERS=workers), device="cpu")
+    with pytest.raises(ImageReadError) as info:
+        list(itertools.chain(loader, loader, loader))  # each pass leaves some images out
+    message = str(info.value)
+    assert message.startswith(f"cannot read image {tmp_path}/train/cat/0.jpg (index 0, class 'cat'): ")
+    assert message.endswith("DATA.BAD_IMAGES skip trains without them")
+    assert "\n" not in message
+    if workers:
+        assert "Original Traceback" in str(info.value.__cause__), "the log keeps where in the worker it was raised"
+
+
+class Failing(torch.utils.data.Dataset):
+    """Raises an error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, _index):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", (ZeroDivisionError("one\ntwo"), OSError("no memory for a batch"), EOFError("end")))
+def test_other_errors_of_workers_arrive_as_they_were_raised(error):
+    with pytest.raises(type(error), match=f"^{error}$"):
+        list(ImageLoader(Failing(error), num_workers=1))

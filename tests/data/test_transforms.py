@@ -10,7 +10,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from data.images.posterize import posterize
 from data.images.resize import EvalResize, pil_resize, torch_resize
 from data.images.transforms import build_transform
-from tests.images import SIZES, make_config, picture
+from tests.builders import data_config
+from tests.images import SIZES, picture
 from utils.errors import ImageReadError
 from utils.runtime.random_state import seeded_streams
 
@@ -23,7 +24,7 @@ def normalised(pixels: np.ndarray) -> torch.Tensor:
 
 def both(is_train: bool, **keys):
     return [
-        build_transform(make_config(AUG__REPROB=0.0, DATA__PIPELINE=p, **keys), is_train=is_train)
+        build_transform(data_config(AUG__REPROB=0.0, DATA__PIPELINE=p, **keys), is_train=is_train)
         for p in ("reference", "fast")
     ]
 
@@ -65,15 +66,15 @@ def test_fast_evaluation_pixels_equal_the_reference(keys):
 
 
 def test_evaluation_scales_the_shorter_side_to_256_of_224():
-    assert build_transform(make_config(DATA__IMG_SIZE=224), is_train=False).short_side == 256
-    assert build_transform(make_config(DATA__IMG_SIZE=160), is_train=False).short_side == 182
+    assert build_transform(data_config(DATA__IMG_SIZE=224), is_train=False).short_side == 256
+    assert build_transform(data_config(DATA__IMG_SIZE=160), is_train=False).short_side == 182
 
 
 def test_small_images_are_not_scaled():
     pixels = np.asarray(picture(0, (32, 32)))
-    transform = build_transform(make_config(DATA__IMG_SIZE=32), is_train=False)
+    transform = build_transform(data_config(DATA__IMG_SIZE=32), is_train=False)
     assert np.array_equal(transform(pixels), pixels)
-    plain = make_config(DATA__IMG_SIZE=32, AUG__AUTO_AUGMENT="none", AUG__COLOR_JITTER=0.0, AUG__HFLIP=0.0)
+    plain = data_config(DATA__IMG_SIZE=32, AUG__AUTO_AUGMENT="none", AUG__COLOR_JITTER=0.0, AUG__HFLIP=0.0)
     transform = build_transform(plain, is_train=True)
     padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
     windows = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
@@ -83,7 +84,7 @@ def test_small_images_are_not_scaled():
 
 
 def test_reference_erases_random_boxes():
-    config = make_config(DATA__PIPELINE="reference", AUG__REPROB=1.0, AUG__AUTO_AUGMENT="none", DATA__IMG_SIZE=48)
+    config = data_config(DATA__PIPELINE="reference", AUG__REPROB=1.0, AUG__AUTO_AUGMENT="none", DATA__IMG_SIZE=48)
     image = Image.new("RGB", (48, 48), (10, 10, 10))
     with seeded_streams(0):
         channels = build_transform(config, is_train=True)(image).flatten(1)
@@ -97,7 +98,7 @@ def test_every_key_of_the_configuration_reaches_timm(pipeline, policy):
     aug = {"SCALE": (0.3, 0.6), "RATIO": (0.5, 0.9), "HFLIP": 0.9, "COLOR_JITTER": 0.2, "AUTO_AUGMENT": policy}
     erasing = {"REPROB": 0.8, "REMODE": "rand", "RECOUNT": 3} if pipeline == "reference" else {"REPROB": 0.0}
     keys = {f"AUG__{key}": value for key, value in (aug | erasing).items()}
-    config = make_config(DATA__PIPELINE=pipeline, DATA__INTERPOLATION="nearest", DATA__IMG_SIZE=64, **keys)
+    config = data_config(DATA__PIPELINE=pipeline, DATA__INTERPOLATION="nearest", DATA__IMG_SIZE=64, **keys)
     ours = build_transform(config, is_train=True)
     timms = timm.data.create_transform(
         64,
@@ -126,7 +127,7 @@ def test_every_key_of_the_configuration_reaches_timm(pipeline, policy):
 
 @pytest.mark.parametrize("pipeline", ("fast", "reference"))
 def test_training_survives_posterize_with_zero_bits(pipeline):
-    config = make_config(DATA__PIPELINE=pipeline, AUG__AUTO_AUGMENT="rand-m10-n8-inc1-p1.0", AUG__REPROB=0.0)
+    config = data_config(DATA__PIPELINE=pipeline, AUG__AUTO_AUGMENT="rand-m10-n8-inc1-p1.0", AUG__REPROB=0.0)
     transform = build_transform(config, is_train=True)
     image, black = picture(0), 0
     for seed in range(40):
@@ -139,7 +140,7 @@ def test_training_survives_posterize_with_zero_bits(pipeline):
 
 @pytest.mark.parametrize("policy", ("v0", "original", "augmix-m10", "rand-m9-mstd0.5-inc1", "3a"))
 def test_every_posterize_of_a_policy_is_replaced(policy):
-    transform = build_transform(make_config(AUG__AUTO_AUGMENT=policy), is_train=True)
+    transform = build_transform(data_config(AUG__AUTO_AUGMENT=policy), is_train=True)
     found = [op for op in operations(transform) if op.name.startswith("Posterize")]
     assert found or policy == "3a"
     assert all(op.aug_fn is posterize for op in found)
@@ -166,7 +167,7 @@ def test_posterize_keeps_bits():
 
 def test_building_a_transform_leaves_timm_alone():
     before = dict(timm.data.auto_augment.NAME_TO_OP)
-    build_transform(make_config(), is_train=True)
+    build_transform(data_config(), is_train=True)
     assert before == timm.data.auto_augment.NAME_TO_OP
 
 
@@ -176,8 +177,8 @@ def test_building_a_transform_leaves_timm_alone():
 @pytest.mark.parametrize("is_train", (True, False))
 def test_fast_resize_stays_within_rounding(is_train):
     keys = {"DATA__IMG_SIZE": 64, "AUG__AUTO_AUGMENT": "none", "AUG__COLOR_JITTER": 0.0}
-    exact = build_transform(make_config(**keys), is_train=is_train)
-    fast = build_transform(make_config(DATA__FAST_RESIZE=True, **keys), is_train=is_train)
+    exact = build_transform(data_config(**keys), is_train=is_train)
+    fast = build_transform(data_config(DATA__FAST_RESIZE=True, **keys), is_train=is_train)
     differ = 0
     for seed in range(10):
         pixels = np.asarray(picture(seed, (300, 200)))
@@ -217,7 +218,7 @@ def test_elongated_image_is_refused_before_it_fills_the_memory(monkeypatch):
 
 
 def test_colour_jitter_is_used_without_a_policy():
-    config = make_config(AUG__AUTO_AUGMENT="none", AUG__HFLIP=0.0, AUG__SCALE=(1.0, 1.0), AUG__RATIO=(1.0, 1.0))
+    config = data_config(AUG__AUTO_AUGMENT="none", AUG__HFLIP=0.0, AUG__SCALE=(1.0, 1.0), AUG__RATIO=(1.0, 1.0))
     image = Image.new("RGB", (40, 40), (90, 120, 150))
     with seeded_streams(5):
         assert not np.array_equal(build_transform(config, is_train=True)(image), np.asarray(image))

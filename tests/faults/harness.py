@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.builders import TINY_MODEL
 from utils.checkpoint.files import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,7 @@ Fault = tuple[str, dict[str, Any]]
 
 CONFIG = """
 DATA: {{DATASET: folder, DATA_PATH: {data}, IMG_SIZE: 32, BATCH_SIZE: 4, NUM_WORKERS: 0}}
-MODEL: {{NAME: tiny, NUM_CLASSES: 3, STRIP_MLP: {{EMBED_DIM: 8, LAYERS: [1, 1, 1, 1]}}}}
+MODEL: {model}
 TRAIN: {{EPOCHS: 2, WARMUP_EPOCHS: 1, BASE_LR: 2e-3, AMP: bf16, EMA_DECAY: 0.9, DIST_TIMEOUT: 120}}
 PRINT_FREQ: 4
 """
@@ -54,7 +55,7 @@ def write_data(folder: Path) -> Path:
 def write_config(folder: Path) -> Path:
     """Write the data and the config of the runs; return the config's path."""
     path = folder / "tiny.yaml"
-    path.write_text(CONFIG.format(data=write_data(folder / "images")))
+    path.write_text(CONFIG.format(data=write_data(folder / "images"), model=TINY_MODEL))
     return path
 
 
@@ -142,9 +143,11 @@ class Job:
         return json.loads((self.folder / "status.json").read_text())
 
     def assert_ok(self, state: str = "completed") -> "Job":
-        """Assert that all processes ended with 0 and that status.json says ``state``."""
-        assert self.codes == [0] * len(self.pids), self.text()
+        """Assert the state, and that all processes ended with 0 or with 128 + the signal that stopped them."""
         assert self.status()["state"] == state, self.text()
+        reason = self.status().get("reason", "")
+        code = 128 + signal.Signals[reason] if reason in signal.Signals.__members__ else 0
+        assert self.codes == [code] * len(self.pids), self.text()
         assert leftovers(self.folder) == []
         return self
 

@@ -237,6 +237,16 @@ def killed_worker(index: int) -> None:
     _while_reading(index, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def replaced_image(index: int, path: str) -> None:
+    """Put a FIFO in the place of a file when image ``index`` is about to be read."""
+
+    def replace() -> None:
+        os.unlink(path)
+        os.mkfifo(path)
+
+    _while_reading(index, replace)
+
+
 def stuck_storage(index: int) -> None:
     """Let the reading of an image never return."""
     _while_reading(index, lambda: time.sleep(3600))

@@ -29,6 +29,20 @@ def test_broken_image(starter, images, tmp_path, world, workers):
     job = starter.run(*opts, out=tmp_path / "out", world=world, seconds=120)
     job.assert_failed(str(images / "train" / "a" / "003.png"), "index 1", "tools/check_data.py")
     job.assert_no_orphans()
+    assert "out of memory" not in job.text()
+    assert "lack of memory" not in job.text()
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_image_that_becomes_a_fifo(starter, tmp_path, workers):
+    """An image that turns into a FIFO while the run goes on: an error that names it, no waiting."""
+    shutil.copytree(starter.folder / "images", tmp_path / "images")
+    image = tmp_path / "images" / "train" / "a" / "003.png"
+    fault = [("replaced_image", {"index": 1, "path": str(image)})]
+    opts = ("--data-path", str(tmp_path / "images"), f"DATA.NUM_WORKERS={workers}")
+    job = starter.run(*opts, out=tmp_path / "out", seconds=120, faults=fault)
+    job.assert_failed(str(image), "a FIFO")
+    job.assert_no_orphans()
 
 
 def test_skipped_image_and_exact_resume(starter, images, tmp_path):

@@ -14,7 +14,9 @@ def torchrun(*words: str) -> tuple[str, ...]:
     return ("--nnodes", "1", "--nproc_per_node", "2", "--master_port", str(free_port()), *words)
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP), ids=lambda number: number.name
+)
 def test_signal_to_the_launcher(starter, reference, tmp_path, number):
     """A signal to torchrun with our flags: forwarded, saved, status written, no orphans, same state at the end."""
     words = torchrun("--signals-to-handle", SIGNALS)
@@ -49,6 +51,15 @@ def test_restart_by_the_launcher(starter, reference, tmp_path, attempt):
     assert "resumed from" in job.text()
     assert_same_state(job.folder / LAST, reference(world=2))
     job.assert_no_orphans()
+
+
+def test_a_stop_is_no_reason_to_restart(starter, tmp_path):
+    """torchrun --max-restarts 1, SIGTERM to a process: all stop, and the launcher does not start them again."""
+    stop = [("send", {"number": signal.SIGTERM, "step": 2})]
+    job = starter.launch(out=tmp_path, torchrun=torchrun("--max-restarts", "1"), faults=stop).wait()
+    assert job.codes == [0], job.text()
+    assert (job.status()["state"], job.status()["step"]) == ("preempted", 3)
+    assert "resumed from" not in job.text()
 
 
 def test_restart_of_an_explicit_resume(starter, reference, tmp_path):

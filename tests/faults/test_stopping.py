@@ -18,7 +18,9 @@ def started(job) -> bool:
 
 
 @SLOW
-@pytest.mark.parametrize("number", (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP), ids=lambda number: number.name
+)
 def test_signal_to_one_process(starter, reference, tmp_path, number):
     """A signal to one of two processes: both stop at the same update, saved, status written, same state at the end."""
     faults = [("send", {"number": number, "step": 2, "rank": 1})]
@@ -69,14 +71,16 @@ def test_time_limit(starter, reference, tmp_path):
     assert_same_state(job.folder / LAST, reference(world=2))
 
 
-@SLOW
-def test_signal_before_the_first_update(starter, reference, tmp_path):
-    """A signal while the run is being built: one update, then the stop; continued: same state."""
-    job = starter.run(out=tmp_path, world=2, faults=[("signal_at_start", {"number": signal.SIGTERM, "rank": 1})])
-    job.assert_ok("preempted")
-    assert job.status()["step"] == 1
-    job = starter.run(out=tmp_path, world=2).assert_ok()
-    assert_same_state(job.folder / LAST, reference(world=2))
+@pytest.mark.parametrize("number", (signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)), ids=lambda n: n.name)
+def test_signal_before_the_first_update(starter, reference, tmp_path, number):
+    """A signal while the run is being built: it ends at once and says so; started again: same state."""
+    job = starter.run(out=tmp_path, faults=[("signal_at_start", {"number": number})]).assert_ok("preempted")
+    assert f"stopped: {number.name}; nothing was saved, as no update was done" in job.text()
+    assert "Traceback" not in job.text()
+    assert job.status()["reason"] == number.name
+    assert steps(job.folder) == []
+    job = starter.run(out=tmp_path).assert_ok()
+    assert_same_state(job.folder / LAST, reference())
 
 
 @SLOW
@@ -86,7 +90,7 @@ def test_every_update_a_stop(starter, reference, tmp_path):
     for step in range(last):
         stop = [("send", {"number": signal.SIGTERM, "step": step, "rank": step % 2})]
         job = starter.run(out=tmp_path, world=2, faults=stop)
-        assert job.codes == [0, 0], job.text()
+        assert job.codes == [128 + signal.SIGTERM] * 2, job.text()
         assert load_checkpoint(job.folder / LAST)["progress"]["global_step"] == step + 1
     job = starter.run(out=tmp_path, world=2).assert_ok()
     assert_same_state(job.folder / LAST, reference(world=2))

@@ -1,7 +1,5 @@
 """The network as its users see it: variants, arguments, errors, timm's interface, memory formats, configs."""
 
-from types import SimpleNamespace
-
 import pytest
 import timm
 import torch
@@ -11,28 +9,10 @@ import hubconf
 from models import StripMLPNet, accelerate, build_model, inference_form
 from models.blocks import StripMLPBlock
 from models.strip_mlp import default_cfgs
-from tests.builders import tiny_network
+from tests.builders import model_config, tiny_network
 from tests.golden.load import golden_model, images, training_step
 
 NANO = {"img_size": 32, "num_classes": 5, "embed_dim": 16, "depths": (1, 1, 1, 1)}
-
-
-def config(**model_keys) -> SimpleNamespace:
-    """The keys that build_model reads, for a tiny network."""
-    strip = SimpleNamespace(PATCH_SIZE=4, IN_CHANS=3, EMBED_DIM=16, LAYERS=[1, 1, 2, 1], NUM_PATCHES=0)
-    keys = {
-        "TYPE": "strip_mlp_layer",
-        "TIMM_NAME": "",
-        "NUM_CLASSES": 5,
-        "DROP": False,
-        "DROP_RATE": 0.2,
-        "DROP_PATH_RATE": 0.3,
-        "DROP_PATH_SCHEDULE": "constant",
-        "ALPHA": 3,
-        "STRIP_MLP": strip,
-    }
-    train, data = SimpleNamespace(USE_CHECKPOINT=False), SimpleNamespace(IMG_SIZE=32)
-    return SimpleNamespace(MODEL=SimpleNamespace(**(keys | model_keys)), TRAIN=train, DATA=data)
 
 
 @pytest.mark.parametrize(
@@ -195,24 +175,24 @@ def test_a_baseline_has_no_other_form() -> None:
 
 
 def test_build_strip_mlp() -> None:
-    model = build_model(config(DROP=True, DROP_PATH_SCHEDULE="linear", ALPHA=2))
+    model = build_model(model_config(DROP=True, DROP_PATH_SCHEDULE="linear", ALPHA=2))
     assert isinstance(model, StripMLPNet)
     assert model.head_drop.p == 0.2
     assert model.stages[3][0].drop_path.drop_prob == 0.3
     assert model.stages[0][0].channel_mixing.fc1.out_features == 32
-    assert build_model(config()).head_drop.p == 0.0
-    checkpointing = config()
+    assert build_model(model_config()).head_drop.p == 0.0
+    checkpointing = model_config()
     checkpointing.TRAIN.USE_CHECKPOINT = True
     assert build_model(checkpointing).grad_checkpointing
 
 
 def test_build_timm_baseline(caplog: pytest.LogCaptureFixture) -> None:
-    resnet = build_model(config(TYPE="timm", TIMM_NAME="resnet18", DROP=True))
+    resnet = build_model(model_config(TYPE="timm", TIMM_NAME="resnet18", DROP=True))
     assert resnet(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
     assert resnet.drop_rate == 0.2
-    vit = build_model(config(TYPE="timm", TIMM_NAME="vit_tiny_patch16_224"))
+    vit = build_model(model_config(TYPE="timm", TIMM_NAME="vit_tiny_patch16_224"))
     assert vit(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
-    vgg = build_model(config(TYPE="timm", TIMM_NAME="vgg11"))
+    vgg = build_model(model_config(TYPE="timm", TIMM_NAME="vgg11"))
     assert vgg.num_classes == 5
     assert "vgg11" in caplog.text
     assert "drop_path_rate" in caplog.text
@@ -221,8 +201,8 @@ def test_build_timm_baseline(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("name", ("resnet5O", "swin_tinny_patch4_window7_224", ""))
 def test_build_names_the_nearest(name: str) -> None:
     with pytest.raises(ValueError, match="TIMM_NAME") as error:
-        build_model(config(TYPE="timm", TIMM_NAME=name))
+        build_model(model_config(TYPE="timm", TIMM_NAME=name))
     if name:
         assert name[:5] in str(error.value).split(";")[1]
     with pytest.raises(ValueError, match="MODEL.TYPE is 'swin'.*strip_mlp_layer"):
-        build_model(config(TYPE="swin"))
+        build_model(model_config(TYPE="swin"))

@@ -23,25 +23,25 @@ def copy_without_fast(target: Path) -> Path:
     return target
 
 
+SCRIPT = """
+import json, sys
+import main, main_eval, pytest
+train, evaluate, golden = json.loads(sys.argv[1])
+main.main(train)
+main_eval.main(evaluate)
+sys.exit(pytest.main(golden))
+"""
+
+
 def test_everything_works_without_the_fast_forms(tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     root, run = copy_without_fast(tmp_path / "copy"), TinyRun(tmp_path)
-
-    def python(*words: str) -> None:
-        done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    python("main.py", *run.argv())
     checkpoint = run.output / "tiny" / "default" / "checkpoint_last.pth"
-    python("main_eval.py", *run.argv("--resume", checkpoint, tag="eval"))
+    golden = [
+        f"tests/models/test_golden.py::{name}" for name in ("test_logits_and_stages", "test_gradients_and_buffers")
+    ]
+    words = json.dumps([run.argv(), run.argv("--resume", checkpoint, tag="eval"), ["-q", "-k", "nano32", *golden]])
+    command = [sys.executable, "-c", SCRIPT, words]  # one process, because importing everything takes longest
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((run.output / "tiny" / "eval" / "eval.json").read_text())["num_samples"] == 9
-    golden = "tests/models/test_golden.py"
-    python(
-        "-m",
-        "pytest",
-        "-q",
-        f"{golden}::test_logits_and_stages",
-        f"{golden}::test_gradients_and_buffers",
-        "-k",
-        "nano32 or tiny_light",
-    )

@@ -1,6 +1,5 @@
-"""Means and pace of an epoch, and the warning of a run that waits for its data."""
+"""Means and pace of an epoch."""
 
-import logging
 import math
 from collections.abc import Iterator
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from utils.training.meters import RunningMeans, UpdateTimer
-from utils.training.records import warn_of_data_wait
 
 CPU = torch.device("cpu")
 
@@ -49,14 +47,3 @@ def test_means_continue_from_a_checkpoint() -> None:
     second.add(torch.tensor(3.0), torch.tensor(4.0), torch.tensor(False))
     assert second.lap() == (3.0, 4.0)
     assert second.reduced() == (2.0, 3.0)
-
-
-def test_waiting_for_data_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        warn_of_data_wait(0.09, 100.0)  # a small part of the epoch
-        warn_of_data_wait(0.5, 3.0)  # a short epoch
-        assert not caplog.records
-        warn_of_data_wait(0.3, 100.0)
-    assert "waited for data 30 % of the epoch (30 s)" in caplog.text
-    for remedy in ("DATA.NUM_WORKERS", "DATA.CACHE_DECODED", "DATA.FAST_RESIZE", "docs/PERFORMANCE.md"):
-        assert remedy in caplog.text

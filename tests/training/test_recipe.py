@@ -9,24 +9,12 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from models import accelerate, from_published
-from tests.builders import tiny_network
+from tests.builders import config_with, tiny_network
 from tests.golden.load import arrays, golden_model, images, soft_cross_entropy
-from utils.config import default_config
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion
 from utils.training.lr_scheduler import build_scheduler, scaled_learning_rates
 from utils.training.optimizer import build_optimizer, param_groups
-
-
-def config_with(**keys):
-    config = default_config()
-    for name, value in keys.items():
-        *sections, key = name.split("__")
-        node = config
-        for section in sections:
-            node = node[section]
-        node[key] = value
-    return config
 
 
 def golden_config(meta: dict):

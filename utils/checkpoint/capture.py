@@ -1,7 +1,7 @@
 """The state of a training run: how it is collected for a checkpoint and put back."""
 
 import logging
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from utils.checkpoint.files import first_nonfinite, load_checkpoint
+from utils.checkpoint.schema import SchemaFault, check_state, fitting
 from utils.errors import CheckpointError
 from utils.runtime import gather_objects, get_rank, get_world_size, random_state, set_random_state
 from utils.training import Progress, TrainState, averaged_batchnorm, batchnorm_buffers
@@ -17,18 +18,6 @@ from utils.training import Progress, TrainState, averaged_batchnorm, batchnorm_b
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-# Entries of a training state that are read, and their types: a file that lacks one is refused by name.
-_ENTRIES = {
-    "model": dict,
-    "ema": (dict, type(None)),
-    "optimizer": dict,
-    "scaler": dict,
-    "guard": dict,
-    "progress": dict,
-    "rank_state": list,
-    "world_size": int,
-    "config": str,
-}
 
 
 def capture(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -84,10 +73,7 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
     state.model.load_state_dict(payload["model"])
     if state.ema is not None:
         state.ema.module.load_state_dict(payload["ema"])
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
-    state.optimizer.load_state_dict(payload["optimizer"])
-    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    _load_moments(state.optimizer, payload["optimizer"]["state"])
     if payload["scaler"]:
         state.scaler.load_state_dict(payload["scaler"])
     state.guard.load_state_dict(payload["guard"])
@@ -150,13 +136,10 @@ def _check_format(payload: dict[str, Any], path: Path) -> None:
             f"{path} has format version {version}; this code reads up to {FORMAT_VERSION}. "
             f"It was written with {payload.get('versions')}: update this project"
         )
-    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(payload.get(name), kind) or name not in payload]
-    if not wrong:
-        wrong = [] if set(payload["progress"]) == {f.name for f in fields(Progress)} else ["progress"]
-        wrong += [] if len(payload["rank_state"]) == payload["world_size"] else ["rank_state"]
-        wrong += [] if set(payload["optimizer"]) == {"state", "param_groups"} else ["optimizer"]
-    if wrong:
-        raise CheckpointError(f"{path} is not a complete training state: {', '.join(wrong)} missing or malformed")
+    try:
+        check_state(payload)
+    except SchemaFault as fault:
+        raise CheckpointError(f"{path} is not a complete training state: {fault}") from None
 
 
 def _check_payload(state: TrainState, payload: dict[str, Any], path: Path) -> None:
@@ -169,6 +152,10 @@ def _check_payload(state: TrainState, payload: dict[str, Any], path: Path) -> No
         if live is not None:
             _check_tensors(live.state_dict(), saved, path)
     _check_optimizer(state.optimizer, payload["optimizer"], path)
+    try:
+        fitting(state, payload["progress"]["global_step"])(payload, "")
+    except SchemaFault as fault:
+        raise CheckpointError(f"{path} does not fit this run: {fault}") from None
 
 
 def _check_tensors(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], path: Path) -> None:
@@ -176,6 +163,11 @@ def _check_tensors(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
         f"{k}: {list(theirs[k].shape)} in the file, {list(own[k].shape)} here"
         for k in own
         if k in theirs and theirs[k].shape != own[k].shape
+    ]
+    wrong += [
+        f"{k}: {theirs[k].dtype} in the file, {own[k].dtype} here"
+        for k in own
+        if k in theirs and theirs[k].dtype != own[k].dtype
     ]
     wrong += [f"{k}: only in the file" for k in theirs if k not in own]
     wrong += [f"{k}: not in the file" for k in own if k not in theirs]
@@ -191,19 +183,30 @@ def _check_tensors(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 
 
 def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any], path: Path) -> None:
-    """Refuse a state that ``load_state_dict`` would accept and the next step would choke on."""
-    sizes = [len(group["params"]) for group in saved["param_groups"]]
-    same_kind = ("betas" in saved["param_groups"][0]) == ("betas" in optimizer.param_groups[0])
-    if sizes != [len(group["params"]) for group in optimizer.param_groups] or not same_kind:
+    """Refuse the state of another optimizer, or of other parameter groups."""
+    groups, own = saved["param_groups"], optimizer.param_groups
+    sizes = [len(group["params"]) for group in groups]
+    same_kind = groups and ("betas" in groups[0]) == ("betas" in own[0])
+    if sizes != [len(group["params"]) for group in own] or not same_kind:
         raise CheckpointError(f"{path} was saved with another optimizer; set TRAIN.OPTIMIZER as in that run")
+
+
+def _load_moments(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+    """Give the optimizer its moments back, each in memory of its own, laid out as its parameter; it keeps its settings.
+
+    The fused kernels go through parameter and moments by address, whatever their strides.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entries in saved["state"].items():
-        for name, value in entries.items():
-            if torch.is_tensor(value) and value.ndim and value.shape != parameters[index].shape:
-                raise CheckpointError(
-                    f"{path}: optimizer state {name} of parameter {index} has shape "
-                    f"{list(value.shape)}, the parameter {list(parameters[index].shape)}"
-                )
+    state = {
+        index: {
+            name: torch.empty_like(parameters[index]).copy_(value)
+            if torch.is_tensor(value) and name != "step"
+            else value
+            for name, value in entries.items()
+        }
+        for index, entries in saved.items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,20 +1,16 @@
 """Checkpoint files: written so that nothing half-written is ever visible, read so that nothing in them is executed.
 
-This is the only module of the project that unpickles. Every file, our own included, is opened in PyTorch's weights-only
-mode with two additions: the yacs node inside the published checkpoints is read as a plain ordered dict, and classes
-that files of other projects name become inert stand-ins (see ``foreign.py``). There is no switch that turns the
-protection off.
+Every file, our own included, is read by ``utils.checkpoint.pickled``, which builds tensors and plain types and nothing
+else, with two additions: the yacs node inside the published checkpoints is read as a plain ordered dict, and classes of
+other projects as inert stand-ins. There is no switch that turns the protection off.
+
+A checkpoint holds a digest of its own values. It is compared with what was loaded, so that what is verified is what is
+used. It detects damage; it is no signature.
 """
 
 import collections
-import errno
 import hashlib
-import logging
-import os
-import pickle
-import re
-import shutil
-import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +18,27 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from utils.checkpoint.foreign import StandIn, StandIns
+from utils.checkpoint.archive import Archive, open_archive, tensor_crc
+from utils.checkpoint.foreign import refused_names
+from utils.checkpoint.pickled import TensorSpec, Unknown
 from utils.errors import CheckpointError
-from utils.runtime import atomic_file
-
-logger = logging.getLogger(__name__)
+from utils.runtime import atomic_file, link_or_copy
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02"  # pickle protocol 2: PyTorch's format before 1.6
 # The published checkpoints hold their config as a pickled yacs node. Naming OrderedDict under the node's name reads
 # it as a mapping, without importing yacs.
 _ALLOWED_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
+_DIGEST = "digest"
+_DIGEST_KIND = "sha256-of-crc32:"
+_MAX_DEPTH, _MAX_VALUES = 64, 3_000_000  # of a checkpoint; lists within themselves have no end
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """Write ``payload`` to ``path`` atomically and durably, and read it back before it becomes visible.
 
-    What was written is verified (checksum of every member, loads weights-only) before it is renamed: whatever happens,
-    ``path`` is either the old file or the complete new one.
+    What was written is verified (it loads, and its values are the ones of ``payload`` by their digest) before it is
+    renamed: whatever happens, ``path`` is either the old file or the complete new one.
 
     Args:
         path: final name; its folder exists.
@@ -53,7 +52,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
         with atomic_file(path) as temporary:
             try:
                 with open(temporary, "wb") as file:
-                    torch.save(payload, file)
+                    torch.save({**payload, _DIGEST: payload_digest(payload, tensor_crc)}, file)
             finally:
                 size = temporary.stat().st_size if temporary.exists() else 0
             verify_checkpoint(temporary)
@@ -73,12 +72,7 @@ def link_checkpoint(source: Path, name: str) -> Path:
     target = source.with_name(name)
     try:
         with atomic_file(target) as temporary:
-            try:
-                os.link(source, temporary)
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
-                    raise
-                shutil.copyfile(source, temporary)
+            link_or_copy(source, temporary)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
     return target
@@ -88,7 +82,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check that ``path`` is a complete checkpoint and return its contents with tensors on the meta device.
 
     Raises:
-        CheckpointError: missing, empty, truncated, damaged (a checksum is wrong), or not loadable weights-only.
+        CheckpointError: missing, empty, truncated, damaged (a checksum or the digest is wrong), or not loadable.
     """
     return load_checkpoint(path, map_location="meta", strict=True)
 
@@ -102,8 +96,7 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool
     Args:
         path: the file.
         map_location: 'cpu', or 'meta' to read names and shapes only.
-        strict: the file must be as this project writes it: refuse an archive without checksums, instead of warning,
-            and classes of other projects.
+        strict: refuse an archive without checksums, which this project never writes, instead of warning.
 
     Raises:
         CheckpointError: the file is missing, empty, damaged, not a checkpoint, or asks to import code that is not on
@@ -113,37 +106,106 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool
     kind = _check_magic(path)
     if kind == "safetensors":
         return _load_safetensors(path, map_location)
-    if kind == "zip":
-        _check_members(path, strict=strict)
+    known = {name: function for function, name in _ALLOWED_GLOBALS}
     try:
-        payload = _load_with_stand_ins(path, map_location, allowed=not strict)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, error)) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, OSError) as error:
+        with open(path, "rb") as file:
+            archive = open_archive(path, file, known, zipped=kind == "zip", strict=strict)
+            return _contents(archive, map_location, strict=strict)
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+
+
+def _contents(archive: Archive, map_location: str, *, strict: bool) -> dict[str, Any]:
+    """Return the values of an opened archive, after comparing them with its digest."""
+    path, tree = archive.path, archive.tree
+    strict = strict or (isinstance(tree, dict) and _DIGEST in tree)  # ours: it names no classes
+    refused = sorted(archive.unknown) if strict else refused_names(archive.unknown)
+    if refused:
         raise CheckpointError(
-            f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-    if not isinstance(payload, dict):
-        advice = "; save its state_dict() instead" if isinstance(payload, StandIn) else ""
-        raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint (a dict){advice}")
+            f"{path} was not opened: it asks to import {', '.join(refused)}, which could run code on "
+            "this machine. Ask its author for a file with tensors only (a state_dict or safetensors)"
+        )
+    if not isinstance(tree, dict):
+        kind = "Tensor" if isinstance(tree, TensorSpec) else type(tree).__name__
+        advice = ""
+        if isinstance(tree, Unknown):
+            kind, advice = tree.name, "; if that is a model, save its state_dict() instead"
+        raise CheckpointError(f"{path} holds a {kind}, not a checkpoint (a dict){advice}")
+    meta = map_location == "meta"
+    payload = _settled(archive, lambda spec, entry: _on_meta(spec) if meta else archive.tensor(spec, entry))
+    digest = tree.get(_DIGEST)
+    if isinstance(digest, str) and digest.startswith(_DIGEST_KIND):
+        del payload[_DIGEST], tree[_DIGEST]
+        if payload_digest(tree, archive.crc) != digest:
+            raise CheckpointError(f"{path} is damaged: its values are not those that were saved (by their digest)")
+    elif meta:
+        archive.check_places()
     return payload
 
 
-def _load_with_stand_ins(path: Path, map_location: str, *, allowed: bool) -> Any:
-    """Open ``path`` in the weights-only mode, classes of other projects replaced by stand-ins if ``allowed``."""
-    stand_ins, device = StandIns(), map_location
-    while True:
-        try:
-            with torch.serialization.safe_globals([*_ALLOWED_GLOBALS, *stand_ins.globals()]):
-                payload = torch.load(path, map_location=device, weights_only=True)
-        except pickle.UnpicklingError as error:
-            if not allowed or not stand_ins.add_missing(str(error)):
-                raise
-            device = "meta"  # until all stand-ins are known, without the tensors
-            continue
-        if device == map_location:
-            return payload
-        device = map_location
+def _on_meta(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.size, dtype=spec.dtype, device="meta")
+
+
+def _settled(archive: Archive, resolve: Callable[[TensorSpec, str], Tensor]) -> dict[str, Any]:
+    """Return the tree of an archive with tensors in it; refuse one that has no end or hides its size."""
+    count = 0
+
+    def settle(node: Any, entry: str, depth: int) -> Any:
+        nonlocal count
+        count += 1
+        if count > _MAX_VALUES or depth > _MAX_DEPTH:
+            raise CheckpointError(
+                f"{archive.path} is not read: {entry[:60]}...: more values, or deeper, than any state"
+            )
+        if isinstance(node, TensorSpec):
+            count += 10  # a tensor takes more memory than a number
+            return resolve(node, entry)
+        if isinstance(node, Unknown) and node.items:
+            return settle(node.items, entry, depth + 1)
+        if isinstance(node, dict):
+            items = {
+                key: settle(value, f"{entry}.{key}" if entry else str(key), depth + 1) for key, value in node.items()
+            }
+            return type(node)(items) if type(node) in (dict, collections.OrderedDict) else items
+        if type(node) in (list, tuple):
+            return type(node)(settle(value, f"{entry}[{i}]", depth + 1) for i, value in enumerate(node))
+        if isinstance(node, (str, bytes)):
+            count += len(node) // 64
+        return node
+
+    return settle(archive.tree, "", 0)
+
+
+def payload_digest(tree: Any, crc_of: Callable[[Any], int]) -> str:
+    """Return the digest of a checkpoint's values: names, types, shapes, plain values and the bytes of tensors.
+
+    Args:
+        tree: nested dicts, lists and tuples of tensors (or ``TensorSpec``) and plain values.
+        crc_of: gives the CRC-32 of a tensor's bytes.
+    """
+
+    def parts(node: Any) -> Iterator[str]:
+        if isinstance(node, Tensor):
+            yield f"{node.dtype} {tuple(node.shape)} {crc_of(node)}"
+        elif isinstance(node, TensorSpec):
+            yield f"{node.dtype} {node.size} {crc_of(node)}"
+        elif isinstance(node, dict):
+            yield f"dict {len(node)}"
+            for key, value in node.items():
+                yield repr(key)
+                yield from parts(value)
+        elif isinstance(node, (list, tuple)):
+            yield f"{'list' if isinstance(node, list) else 'tuple'} {len(node)}"
+            for value in node:
+                yield from parts(value)
+        else:
+            yield f"{type(node).__name__} {node!r}"
+
+    digest = hashlib.sha256()
+    for part in parts(tree):
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    return _DIGEST_KIND + digest.hexdigest()
 
 
 def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
@@ -220,25 +282,6 @@ def _check_magic(path: Path) -> str:
     raise CheckpointError(f"{path} is not a PyTorch checkpoint (starts with {head!r}){hint}")
 
 
-def _check_members(path: Path, *, strict: bool) -> None:
-    """Compare every member of a zip archive with its checksum; ``strict`` also refuses archives without checksums."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                # PyTorch never compresses; a small file could expand to more than the memory holds
-                raise CheckpointError(f"{path} was not opened: its members are compressed, PyTorch writes them plain")
-            if all(info.CRC == 0 for info in archive.infolist() if info.file_size):
-                # torch.serialization.set_crc32_options(False): legitimate in a stranger's file, never in ours
-                bad = "every member" if strict else None
-                logger.warning("%s was written without checksums: damage would go unnoticed", path)
-            else:
-                bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
-    if bad is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of its member {bad!r} is wrong")
-
-
 def _load_safetensors(path: Path, map_location: str) -> dict[str, Any]:
     device = "cpu" if map_location == "meta" else map_location
     try:
@@ -248,23 +291,6 @@ def _load_safetensors(path: Path, map_location: str) -> dict[str, Any]:
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return {"model": tensors, "metadata": metadata}
-
-
-def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
-    """Return the message for a pickle that needs more than plain types, without the advice to open it anyway."""
-    try:
-        wanted = sorted(
-            set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {name for _, name in _ALLOWED_GLOBALS}
-        )
-    except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
-        wanted = []
-    wanted = wanted or re.findall(r"(?:GLOBAL|Trying to load unsupported GLOBAL) ([\w.]+)", str(error))[:1]
-    if wanted:
-        return (
-            f"{path} was not opened: it asks to import {', '.join(wanted)}, which could run code on this machine. "
-            "Ask its author for a file with tensors only (a state_dict or safetensors)"
-        )
-    return f"{path} is damaged or not a checkpoint: it is a pickle that PyTorch's weights-only mode cannot read"
 
 
 def _root_reason(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import resolve_source
+from utils.checkpoint.schema import CLASSES, PREPROCESSING, Check, SchemaFault
 from utils.checkpoint.store import CheckpointStore, step_inside
 from utils.config import CROP_RATIO, dump_config, parse_config, recipe_differences, short_side
 from utils.errors import CheckpointError
@@ -106,10 +107,18 @@ def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: 
         allowed: keys that may differ (``--allow-change KEY``).
 
     Raises:
-        CheckpointError: keys that influence training differ and are not allowed; all of them are listed with both
-            values.
+        CheckpointError: the file's config cannot be used, or keys that influence training differ and are not allowed;
+            all of them are listed with both values.
     """
-    differences = recipe_differences(parse_config(payload["config"], str(path)), config)
+    try:
+        saved = parse_config(payload["config"], str(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its config cannot be used: {' '.join(str(error).split())}") from None
+    if payload["progress"]["epoch"] > saved.TRAIN.EPOCHS:
+        raise CheckpointError(
+            f"{path}: progress.epoch is {payload['progress']['epoch']}, of {saved.TRAIN.EPOCHS} epochs"
+        )
+    differences = recipe_differences(saved, config)
     blocking = []
     for key, (then, now) in differences.items():
         if key in allowed or key in _BATCH_KEYS:
@@ -117,7 +126,11 @@ def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: 
         else:
             blocking.append(f"  {key}: {then} in the checkpoint, {now} now (allow with --allow-change {key})")
     if blocking:
-        raise CheckpointError(f"{path} was trained with another recipe:\n" + "\n".join(blocking))
+        raise CheckpointError(
+            f"{path} was trained with another recipe:\n"
+            + "\n".join(blocking)
+            + f"\n  For another run: --tag NEW. To go on with its recipe: --cfg {path.with_name('config.yaml')}"
+        )
 
 
 def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | str) -> None:
@@ -126,7 +139,7 @@ def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | 
     Raises:
         CheckpointError: number, names or order differ, so that labels would mean something else.
     """
-    theirs = payload.get("classes")
+    theirs = _own_entry(payload, "classes", CLASSES, path)
     if not theirs or list(theirs) == list(classes):
         return
     if len(theirs) != len(classes):
@@ -151,7 +164,7 @@ def class_columns(classes: Sequence[str], metadata: dict[str, Any], path: Path |
     Raises:
         CheckpointError: a class is not among the checkpoint's, or numbers differ and the file has no names.
     """
-    theirs = list(metadata.get("classes") or ())
+    theirs = list(_own_entry(metadata, "classes", CLASSES, path) or ())
     if not theirs:
         _log_assumed_order(classes, path, num_classes)
         return None
@@ -185,7 +198,7 @@ def warn_preprocessing(
 
     A file that does not say how is compared with what timm records for ``model``, if it is one of timm's.
     """
-    theirs = payload.get("preprocessing") or {}
+    theirs = _own_entry(payload, "preprocessing", PREPROCESSING, path) or {}
     if not theirs and config.MODEL.TYPE == "timm":
         _warn_of_timm_preprocessing(config, model, path)
     ours = _preprocessing(config)
@@ -215,3 +228,16 @@ def _warn_of_timm_preprocessing(config: CfgNode, model: nn.Module | None, path: 
         logger.warning(
             "timm records other preprocessing for the weights of this model (%s): %s", path, ", ".join(other)
         )
+
+
+def _own_entry(payload: dict[str, Any], name: str, check: Check, path: Path | str) -> Any:
+    """Return an entry of a checkpoint, or None if it has none; other projects may mean something else by the name."""
+    value = payload.get(name)
+    try:
+        if value is not None:
+            check(value, name)
+    except SchemaFault as fault:
+        if "format_version" in payload:
+            raise CheckpointError(f"{path}: {fault}") from None
+        return None
+    return value

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
 _STEP = "checkpoint_step_{:09d}.pth"
 _STEP_PATTERN = re.compile(r"checkpoint_step_(\d+)\.pth")
+_NAMES = "names"  # entry of a checkpoint: under which names besides its step's it was saved
 _EPOCH_PATTERN = re.compile(r"ckpt_epoch_(\d+)\.pth")
 
 
@@ -51,7 +52,7 @@ class CheckpointStore:
 
         def write() -> None:
             _refuse_nonfinite(payload, path)
-            write_checkpoint(path, payload)
+            write_checkpoint(path, {**payload, _NAMES: [LAST, *names]})
             for name in (LAST, *names):
                 link_checkpoint(path, name)
             for old in self._step_files()[self.keep :]:
@@ -62,6 +63,9 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """Return the path of the newest file that verifies, or None in a folder without checkpoints. Collective.
+
+        Every file says under which names it was saved. A kill can come before it has them all: what is missing is
+        made good here, so that the best that the run believes in is there.
 
         Raises:
             CheckpointError: there are checkpoints, but none is good: nothing may silently start from zero here.
@@ -113,6 +117,7 @@ class CheckpointStore:
                 logger.warning("passed over: %s", error)
                 reasons.append(f"  {error}")
             else:
+                self._repair_names(path, payload)
                 return path
         if reasons:
             raise CheckpointError(
@@ -121,6 +126,19 @@ class CheckpointStore:
                 + "\n  move them away to start over, or name a good file with --resume"
             )
         return None
+
+    def _repair_names(self, path: Path, payload: dict[str, Any]) -> None:
+        """Give a file the names under which it was saved, where they are missing or another file's."""
+        names, step = payload.get(_NAMES, []), step_inside(path)
+        for name in names if isinstance(names, list) else []:
+            known = isinstance(name, str) and (name in (LAST, BEST) or _EPOCH_PATTERN.fullmatch(name))
+            target = self.directory / name if known else path
+            if target.exists() and (target.samefile(path) or step_inside(target) == step):
+                continue
+            if step_inside(target) > step:
+                self._set_aside([target], step)
+            logger.warning("%s was saved as %s too, and gets that name again", path.name, name)
+            link_checkpoint(path, name)
 
     def _candidates(self) -> list[Path]:
         """Return the files to try, newest first by the number in the name, never by the time of change."""
@@ -145,9 +163,10 @@ def step_inside(path: Path) -> float:
     if not path.exists():
         return -math.inf
     try:
-        return load_checkpoint(path, map_location="meta")["progress"]["global_step"]
+        step = load_checkpoint(path, map_location="meta")["progress"]["global_step"]
     except (CheckpointError, KeyError, TypeError):
         return math.inf
+    return step if type(step) is int else math.inf
 
 
 def _refuse_nonfinite(payload: dict[str, Any], path: Path) -> None:

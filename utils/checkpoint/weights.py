@@ -229,8 +229,7 @@ def load_weights(
     taken = finder.find(shapes, path)
     report = _compare(model, taken.weights, remap)
     head = _head_keys(model) if replace_head or report.reshaped else set()
-    theirs = shapes.get("classes")
-    if replace_head and classes is not None and theirs and list(theirs) != list(classes):
+    if replace_head and classes is not None and _other_classes(shapes, classes):
         report.fresh = [key for key in report.matched if key in head]
         report.matched = [key for key in report.matched if key not in head]
     logger.info("weights from %s (sha256 %s), %s: %s", path, sha256(path)[:16], taken, report.text())
@@ -241,14 +240,19 @@ def load_weights(
     bad = first_nonfinite({key: weights[key] for key in report.matched})
     if bad is not None:
         raise CheckpointError(f"{path}: the entry {bad!r} has infinite or undefined values; that run had diverged")
+    own = model.state_dict()
     with torch.no_grad():
-        own = model.state_dict()
         for key in report.matched:
             own[key].copy_(weights[key])
     _log_fresh(report)
-    left_out = {"model", "ema", "optimizer", "rank_state", taken.entry.partition(".")[0]}
-    rest = {k: v for k, v in payload.items() if k not in left_out and not isinstance(v, Tensor)}
-    return report, rest
+    left_out = {"optimizer", "rank_state", *(entry.partition(".")[0] for entry in _tensor_entries(payload))}
+    return report, {k: v for k, v in payload.items() if k not in left_out and not isinstance(v, Tensor)}
+
+
+def _other_classes(payload: Mapping[str, Any], classes: Sequence[str]) -> bool:
+    """Return whether a file says that its classifier is for other classes, or for these in another order."""
+    theirs = payload.get("classes")
+    return isinstance(theirs, (list, tuple)) and bool(theirs) and list(theirs) != list(classes)
 
 
 def _log_fresh(report: LoadReport) -> None:

@@ -15,6 +15,7 @@ from utils.config.facts import (
 from utils.config.keys import default_config, require_known_key
 from utils.config.loading import load_config, parse_config, run_folder
 from utils.config.recipe import config_notices, recipe_deviations, recipe_differences
+from utils.config.values import expand_path
 
 __all__ = [
     "CIFAR_DATASETS",
@@ -25,6 +26,7 @@ __all__ = [
     "config_notices",
     "default_config",
     "dump_config",
+    "expand_path",
     "load_config",
     "mixes",
     "odd_batch_problem",

@@ -1,17 +1,21 @@
 """What is wrong with the values of a configuration: ranges, and keys that do not fit together."""
 
 import math
+import os
+import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
 from utils.config.facts import FOLDER_DATASETS, odd_batch_problem
-from utils.config.keys import KEYS, flatten
+from utils.config.keys import KEYS, flatten, value_of
+from utils.config.policy import policy_problem
 
 FAST_RESIZES = ("bicubic", "bilinear")  # DATA.INTERPOLATION with DATA.FAST_RESIZE: what torch shrinks without aliasing
 STAGE_STRIDE = 8  # the three merges between the four stages halve the map each
-AUTO_AUGMENT_POLICIES = ("rand", "augmix", "original", "v0", "3a")  # what timm's policy strings start with
+NAME_BYTES, PATH_BYTES = 255, 4095  # what file systems allow
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,14 @@ def _check_augmentation(config: CfgNode) -> Iterator[Problem]:
     if odd_batch:
         yield Problem(("DATA.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX"), odd_batch)
     policy = aug.AUTO_AUGMENT
-    if policy not in ("", "none") and not policy.startswith(AUTO_AUGMENT_POLICIES):
+    problem = policy_problem(policy) if policy not in ("", "none") else ""
+    if problem:
+        yield Problem(("AUG.AUTO_AUGMENT",), f"AUG.AUTO_AUGMENT is {reprlib.repr(policy)}: {problem}; none = off")
+    if policy not in ("", "none") and config.DATA.INTERPOLATION == "lanczos":
         yield Problem(
-            ("AUG.AUTO_AUGMENT",),
-            f"AUG.AUTO_AUGMENT is {policy!r}; a policy starts with {', '.join(AUTO_AUGMENT_POLICIES)}; none = off",
+            ("DATA.INTERPOLATION", "AUG.AUTO_AUGMENT"),
+            "DATA.INTERPOLATION is lanczos, with which the operations of AUG.AUTO_AUGMENT cannot rotate or shear; take "
+            "bicubic, bilinear or nearest, or AUG.AUTO_AUGMENT none",
         )
     for key in ("SCALE", "RATIO", "CUTMIX_MINMAX"):
         low, high = aug[key] or (0.0, 0.0)
@@ -118,7 +126,19 @@ def _check_augmentation(config: CfgNode) -> Iterator[Problem]:
 def _check_files(config: CfgNode) -> Iterator[Problem]:
     for key, name in (("MODEL.NAME", config.MODEL.NAME), ("TAG", config.TAG)):
         if name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
-            yield Problem((key,), f"{key} is {name!r}; it names a folder, so it must not be empty or hold a slash")
+            yield Problem(
+                (key,), f"{key} is {reprlib.repr(name)}; it names a folder, so it must not be empty or hold a slash"
+            )
+        elif not name.isprintable() or len(name.encode()) > NAME_BYTES:
+            yield Problem(
+                (key,),
+                f"{key} is {reprlib.repr(name)}; it names a folder, so it must have at most {NAME_BYTES} bytes and no "
+                "control characters",
+            )
+    for key in (key for key in KEYS.values() if key.is_path):
+        problem = _path_problem(value_of(config, key.name))
+        if problem:
+            yield Problem((key.name,), f"{key.name} is {reprlib.repr(value_of(config, key.name))}: {problem}")
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
         yield Problem(
             ("MODEL.RESUME", "MODEL.PRETRAINED"),
@@ -131,3 +151,17 @@ def _check_files(config: CfgNode) -> Iterator[Problem]:
             f"DATA.ZIP_MODE (--zip) reads image archives, but DATA.DATASET is {config.DATA.DATASET}; archives are "
             f"possible with {', '.join(FOLDER_DATASETS)}",
         )
+
+
+def _path_problem(text: str) -> str:
+    """Return why a path or address cannot be one, or an empty text."""
+    if "://" in text:
+        if re.fullmatch(r"[a-z]+://[!-~]*", text, re.IGNORECASE):
+            return ""
+        return "an address must not hold spaces or characters outside ASCII; write a space as %20"
+    encoded = os.fsencode(text)
+    if b"\0" in encoded:
+        return "a path must not hold null bytes"
+    if len(encoded) > PATH_BYTES or any(len(part) > NAME_BYTES for part in encoded.split(b"/")):
+        return f"a path has at most {PATH_BYTES} bytes, each name in it at most {NAME_BYTES}"
+    return ""

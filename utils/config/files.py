@@ -4,6 +4,7 @@ A file may name others under ``BASE`` (one path or a list, relative to the file 
 left to right, then the file itself. yacs' own reader is not used, because it runs a ``.py`` file.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from utils.config.keys import SECTIONS
 from utils.config.suggest import did_you_mean
+from utils.config.values import expand_path
 
 SUFFIXES = (".yaml", ".yml")
 MAX_DEPTH = 8  # files in one chain of bases
@@ -24,11 +26,13 @@ class Layer:
 
     Attributes:
         label: the source, for messages: a path or "the command line".
+        expand: replace ``~`` and ``$VARIABLE`` in paths; a stored configuration is taken as it is.
         values: (dotted key, value) pairs; the values are texts or lists of texts where they come from a file.
     """
 
     label: str
     values: list[tuple[str, Any]]
+    expand: bool = True
 
 
 def read_layers(cfg_file: str | Path, problems: list[str]) -> list[Layer]:
@@ -41,7 +45,7 @@ def read_layers(cfg_file: str | Path, problems: list[str]) -> list[Layer]:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    path = Path(cfg_file)
+    path = Path(expand_path(os.fspath(cfg_file)))
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist{_look_alikes(path)}")
     folders = [SHIPPED_CONFIGS, path.resolve().parent]
@@ -55,7 +59,7 @@ def text_layer(text: str, label: str, problems: list[str]) -> Layer:
     content = _parse_yaml(text.encode(), label, problems)
     if any(content.pop("BASE", [])):
         problems.append(f"{label}: BASE is not possible here, this config has no folder")
-    return Layer(label, _flatten(content))
+    return Layer(label, _flatten(content), expand=False)
 
 
 def _read_chain(chain: tuple[Path, ...], folders: list[Path], layers: list[Layer], problems: list[str]) -> None:

@@ -15,6 +15,7 @@ from utils.config.checks import check_config
 from utils.config.files import Layer, read_layers, text_layer
 from utils.config.keys import KEYS, SECTIONS, default_config, set_value
 from utils.config.suggest import did_you_mean
+from utils.config.values import expand_path
 
 COMMAND_LINE = "the command line"
 AMP_OF_OPT_LEVEL = {"O0": "off", "O1": "fp16", "O2": "fp16"}
@@ -95,7 +96,8 @@ def _merge(config: CfgNode, layer: Layer, given: dict[str, str], problems: list[
     for name, value in layer.values:
         if name in KEYS:
             try:
-                set_value(config, name, KEYS[name].read(value))
+                value = KEYS[name].read(value)
+                set_value(config, name, expand_path(value) if KEYS[name].is_path and layer.expand else value)
                 given[name] = layer.label
             except ValueError as error:
                 problems.append(f"{layer.label}: {name}: {error}")

@@ -4,7 +4,9 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from utils.config.facts import mixes
 from utils.config.keys import KEYS, default_config, flatten
+from utils.config.policy import clipped_magnitude
 
 # Published (EMBED_DIM, LAYERS): Strip-MLP-T*, T, S, B.
 PUBLISHED_VARIANTS = ((80, [2, 2, 6, 2]), (80, [2, 2, 12, 2]), (96, [2, 2, 18, 2]), (112, [2, 2, 18, 2]))
@@ -76,6 +78,11 @@ def config_notices(config: CfgNode) -> list[str]:
             f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} (--amp-opt-level) is the published name of a precision; "
             f"it is read as TRAIN.AMP {config.TRAIN.AMP} (--amp {config.TRAIN.AMP})"
         )
+    clipped = clipped_magnitude(config.AUG.AUTO_AUGMENT)
+    if clipped:
+        notices.append(f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT}: {clipped}")
+    if mixes(config) and config.AUG.MIXUP_PROB == 0:
+        notices.append("AUG.MIXUP_PROB is 0: mixup and cutmix are set, but no batch is ever mixed")
     ours = flatten(config)
     notices.extend(
         f"{name} is {ours[name]}, which has no effect: {key.idle_when.reason}"

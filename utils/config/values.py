@@ -5,6 +5,7 @@ would be False, ``1e-4`` text, ``2024-01-01`` a date.
 """
 
 import os
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from utils.config.suggest import did_you_mean
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 NULL = ("", "null", "~", "none")
 
 
@@ -40,6 +42,26 @@ def is_null(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip().lower() in NULL)
 
 
+def expand_path(text: str) -> str:
+    """Return a path with ``~`` at its start and each ``$VARIABLE`` replaced; addresses stay as they are.
+
+    Raises:
+        ValueError: a variable that is not set, or a user who is not known.
+    """
+    if "://" in text:
+        return text
+    unset = [name for pair in _VARIABLE.findall(text) for name in pair if name and name not in os.environ]
+    if unset:
+        raise ValueError(
+            f"{reprlib.repr(text)} names the environment variable {unset[0]}, which is not set; set it, or write the "
+            "path out"
+        )
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if expanded.startswith("~"):
+        raise ValueError(f"{reprlib.repr(text)}: {expanded.split('/')[0]} is not the home folder of a known user")
+    return expanded
+
+
 def in_interval(number: float, interval: str) -> bool:
     """Return whether ``number`` lies in an interval such as ``[0, 1)``; NaN lies in none."""
     low, high = (float(end) for end in interval[1:-1].split(","))
@@ -57,11 +79,14 @@ def _to_bool(value: Any) -> bool:
 
 
 def _to_number(value: Any, kind: type[int] | type[float]) -> float:
-    if isinstance(value, (int, kind)) and not isinstance(value, bool):
-        return kind(value)
     try:
-        if isinstance(value, str):
-            return kind(value)
+        if isinstance(value, (int, kind, str)) and not isinstance(value, bool):
+            number = kind(value)
+            if kind is int and abs(number) >= 2**63:
+                raise OverflowError
+            return number
+    except OverflowError:
+        raise ValueError(f"{reprlib.repr(value)} does not fit into 64 bits") from None
     except ValueError:
         pass  # the message below says what was expected
     raise ValueError(f"{reprlib.repr(value)} is not a {'whole number' if kind is int else 'number'}")

@@ -10,7 +10,7 @@ from utils.runtime.distributed import (
     is_main_process,
     on_main_process,
 )
-from utils.runtime.files import atomic_file, write_text_atomic
+from utils.runtime.files import atomic_file, free_bytes, link_or_copy, set_aside, side_file, write_text_atomic
 from utils.runtime.processes import once_per_machine, usable_cores
 from utils.runtime.random_state import (
     integer_seed,
@@ -28,6 +28,7 @@ __all__ = [
     "all_reduce_sum",
     "atomic_file",
     "broadcast_object",
+    "free_bytes",
     "gather_objects",
     "get_local_world_size",
     "get_rank",
@@ -35,13 +36,16 @@ __all__ = [
     "integer_seed",
     "is_main_process",
     "JOB_SIGNALS",
+    "link_or_copy",
     "on_main_process",
     "once_per_machine",
     "random_state",
     "Run",
     "seed_streams",
     "seeded_streams",
+    "set_aside",
     "set_random_state",
+    "side_file",
     "start_run",
     "StopRequest",
     "streams_restored",

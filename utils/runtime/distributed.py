@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from utils.errors import RunError
+
 T = TypeVar("T")
 
 
@@ -31,12 +33,26 @@ def get_world_size() -> int:
 
 def get_local_rank() -> int:
     """Return the rank of this process on its machine (``LOCAL_RANK``), 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return environment_integer("LOCAL_RANK", 0)
 
 
 def get_local_world_size() -> int:
     """Return the number of processes on this machine (``LOCAL_WORLD_SIZE``), 1 without a launcher."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return environment_integer("LOCAL_WORLD_SIZE", 1)
+
+
+def environment_integer(name: str, default: int) -> int:
+    """Return the whole number in an environment variable of the launcher, ``default`` if it is not set.
+
+    Raises:
+        RunError: the variable holds something else, or a negative number.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise RunError(
+            f"the environment variable {name} is {text!r}, not a whole number; start with torchrun, or unset it"
+        )
+    return int(text)
 
 
 def is_main_process() -> bool:
@@ -77,10 +93,12 @@ def on_main_process(action: Callable[[], T]) -> T:
 
     Raises:
         OSError, RuntimeError, ValueError: what ``action`` raised, of the same class and with the same message on all
-            processes. Another error ends rank 0, and the others by the loss of their connection.
+            processes; on the others it has the attribute ``from_rank_0``. Another error ends rank 0, and the others by
+            the loss of their connection.
     """
     result, error = broadcast_object(attempt(action) if is_main_process() else None)
     if error is not None:
+        error.from_rank_0 = not is_main_process()
         raise error
     return result
 

@@ -1,11 +1,24 @@
-"""Files that are replaced as a whole: readers see the old file or the new one, never a part."""
+"""Files that are replaced as a whole: readers see the old file or the new one, never a part.
 
-import contextlib
+Not every file system can do all that this takes. What one refuses to do is left out with one warning that says which
+promise is lost; an error of the device (EIO, ENOSPC) stays an error.
+"""
+
+import errno
+import functools
+import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# How file systems say that they cannot do something: CIFS, FUSE, exFAT, Lustre, EFS and others differ.
+UNSUPPORTED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY}
+_NO_LINKS = UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}
 
 
 @contextmanager
@@ -26,10 +39,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
-        _fsync(temporary)
+        _flush(temporary, "a file")
         os.replace(temporary, path)
-        with contextlib.suppress(PermissionError):  # some systems do not open folders
-            _fsync(path.parent)
+        _flush(path.parent, "a folder", {errno.EACCES, errno.EPERM, errno.EISDIR})  # some systems do not open folders
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,9 +59,82 @@ def write_text_atomic(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give ``source`` the second name ``target``, which must not exist; copy it where links are not possible."""
     try:
-        os.fsync(descriptor)
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
+
+
+def try_folder(folder: Path) -> None:
+    """Do once in ``folder`` what a save does, so that a folder that cannot take one is found now.
+
+    Raises:
+        OSError: writing, flushing, renaming over an existing file, or linking and copying failed.
+    """
+    probe, second = folder / ".probe", folder / ".probe-link"
+    try:
+        for text in ("first", "second"):
+            write_text_atomic(probe, text)
+        second.unlink(missing_ok=True)
+        link_or_copy(probe, second)
+        if (probe.read_text(encoding="utf-8"), second.read_text(encoding="utf-8")) != ("second", "second"):
+            raise OSError(errno.EIO, "what was written does not read back", str(probe))
     finally:
-        os.close(descriptor)
+        for path in (probe, second):
+            path.unlink(missing_ok=True)
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the bytes that this user can still write to ``folder``, or None where the file system does not tell."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total > 0 else None  # FUSE without statfs reports zeros
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning; later calls with the same text do nothing."""
+    logger.warning(text)
+
+
+def _flush(path: Path, kind: str, tolerated: frozenset[int] | set[int] = frozenset()) -> None:
+    """Flush a file or a folder to disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED | tolerated:
+            raise
+        warn_once(
+            f"the file system of {path.parent if kind == 'a file' else path} cannot flush {kind} to disk "
+            f"({error.strerror}): a power cut may lose the newest checkpoint, though not damage an older one"
+        )
+
+
+def set_aside(path: Path, reason: object) -> None:
+    """Rename a file or folder that cannot be used to ``NAME.aside``, or to the first free number after it, and warn."""
+    target, number = path.with_name(f"{path.name}.aside"), 2
+    while os.path.lexists(target):
+        target, number = path.with_name(f"{path.name}.aside{number}"), number + 1
+    os.rename(path, target)
+    logger.warning("%s cannot be used and is now %s: %s", path, target.name, reason)
+
+
+@contextmanager
+def side_file(path: Path) -> Iterator[None]:
+    """Let a block write ``path``, which nothing depends on: a folder there is set aside, an error only warns."""
+    try:
+        if path.is_dir():
+            set_aside(path, "it is a folder")
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s could not be written: %s; the run goes on without it", path.name, error)

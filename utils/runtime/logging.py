@@ -2,11 +2,13 @@
 
 import logging
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from termcolor import colored
 
 _DATE = "%Y-%m-%d %H:%M:%S"
+_EARLY_RECORDS = 1000
 
 
 class _ConsoleFormatter(logging.Formatter):
@@ -19,38 +21,45 @@ class _ConsoleFormatter(logging.Formatter):
         return super().format(brief)
 
 
-def setup_logging(output_dir: Path | None, rank: int) -> None:
-    """Send the root logger to the console (rank 0 only, stdout) and to ``output_dir/log_rank{rank}.txt``.
+def setup_logging(rank: int) -> None:
+    """Send the root logger to the console (stdout), and keep the records until ``add_log_file`` has a file for them.
 
     Args:
-        output_dir: existing folder, or None for no file.
-        rank: rank of this process; ranks other than 0 show only errors on the console.
+        rank: rank of this process; ranks other than 0 show only errors.
     """
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     teardown_logging()
-
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     prefix = "" if rank == 0 else f"rank {rank} "
     stamp = colored("%(asctime)s", "green") if sys.stdout.isatty() else "%(asctime)s"
     console.setFormatter(_ConsoleFormatter(f"{stamp} {prefix}%(levelname)s %(message)s", _DATE))
     root.addHandler(console)
-
-    if output_dir is not None:
-        file = logging.FileHandler(output_dir / f"log_rank{rank}.txt", mode="a", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", _DATE))
-        root.addHandler(file)
+    root.addHandler(MemoryHandler(_EARLY_RECORDS, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
     logging.captureWarnings(True)
 
 
+def add_log_file(output_dir: Path, rank: int) -> None:
+    """Send the root logger to ``output_dir/log_rank{rank}.txt`` too, from the first record on."""
+    root = logging.getLogger()
+    file = logging.FileHandler(output_dir / f"log_rank{rank}.txt", mode="a", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", _DATE))
+    for early in [handler for handler in root.handlers if type(handler) is MemoryHandler]:
+        root.removeHandler(early)
+        early.setTarget(file)
+        early.flush()
+        early.close()
+    root.addHandler(file)
+
+
 def teardown_logging() -> None:
-    """Flush, close and remove the handlers that ``setup_logging`` installed."""
+    """Flush, close and remove the handlers that were installed here."""
     root = logging.getLogger()
     for handler in list(root.handlers):
-        if type(handler) in (logging.StreamHandler, logging.FileHandler):
+        if type(handler) in (logging.StreamHandler, logging.FileHandler, MemoryHandler):
             root.removeHandler(handler)
             handler.flush()
-            if isinstance(handler, logging.FileHandler):
+            if type(handler) is not logging.StreamHandler:
                 handler.close()
     logging.captureWarnings(False)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 
+from utils.errors import RunError, one_line
 from utils.runtime.distributed import attempt, gather_objects, get_local_rank, get_local_world_size
 
 
@@ -14,16 +15,15 @@ def once_per_machine(action: Callable[[], object], *, what: str) -> None:
         what: its name, for the error message.
 
     Raises:
-        RuntimeError: ``action`` failed on some machine; the message repeats the reason.
+        RunError: ``action`` failed on some machine; the message repeats the reason.
     """
     failure = ""
     _, error = attempt(action) if get_local_rank() == 0 else (None, None)
     if error is not None:
-        reason = str(error).strip().splitlines()[-1:]  # the errors of data workers begin with their traceback
-        failure = f"{what} failed: {''.join(reason)} [{type(error).__name__}]"
+        failure = f"{what} failed: {one_line(error)} [{type(error).__name__}]"
     failures = [text for text in gather_objects(failure) if text]  # also the barrier that the others wait at
     if failures:
-        raise RuntimeError("; ".join(sorted(set(failures)))) from error
+        raise RunError("; ".join(sorted(set(failures)))) from error
 
 
 def usable_cores(*, shared: bool = True) -> int:

@@ -1,10 +1,14 @@
 """Requests to stop or to save: signals and clocks, agreed on by all processes at the same update.
 
-A handler only sets a flag: no I/O, no logging and no collective happens inside it. The training loop asks
-``poll`` once per update; all processes then leave at the same update and save together.
+While the run starts there is nothing to save, and a signal ends it at once. While it trains, the handler only sets a
+flag: no logging and no collective happens inside it. The training loop asks ``poll`` once per update; all processes
+then leave at the same update and save together.
 """
 
+import contextlib
+import os
 import signal
+import sys
 import time
 from types import FrameType
 from typing import Any
@@ -12,16 +16,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utils.runtime.distributed import is_distributed
+from utils.runtime.distributed import is_distributed, is_main_process
 
-JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a batch system or a terminal sends them to a job
+# A batch system or a terminal sends them to a job.
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _TIME_LIMIT = 1000  # larger than every signal number
 
 
-class StopRequest:
-    """Listens for SIGTERM, SIGINT and SIGUSR1 and watches the clock.
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the program before there is anything to save.
 
-    The first signal asks for a clean stop. A second SIGINT (Ctrl-C again) raises the ordinary KeyboardInterrupt.
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopRequest:
+    """Listens for SIGTERM, SIGINT, SIGUSR1 and SIGHUP and watches the clock.
+
+    Until ``begin_training`` is called, a signal raises ``Interrupted`` wherever the program is. After that, the first
+    signal asks for a clean stop, and a second SIGINT (Ctrl-C again) raises the ordinary KeyboardInterrupt. SIGHUP stays
+    ignored where it was ignored at the start (``nohup``).
 
     Args:
         max_minutes: minutes from now after which the run stops by itself; 0 for no limit.
@@ -29,21 +48,25 @@ class StopRequest:
 
     Attributes:
         agreed: why the run is to stop, as of the last ``poll``, or ''.
+        exit_code: what the run's process ends with, as of the last ``poll``.
         save_due: whether a save is due, as of the last ``poll``.
     """
 
     def __init__(self, max_minutes: float = 0.0, save_minutes: float = 0.0) -> None:
         self._code = 0
+        self._training = False
         self._save_seconds = 60.0 * save_minutes
         self._last_save = time.monotonic()
         self.save_due = False
         self._deadline = time.monotonic() + 60.0 * max_minutes if max_minutes > 0 else None
         self._previous: dict[int, Any] = {}
         self.agreed = ""
+        self.exit_code = 0
 
     def __enter__(self) -> "StopRequest":
         for number in JOB_SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -51,10 +74,19 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous.clear()
 
+    def begin_training(self) -> None:
+        """Let signals wait for the end of an update from here on."""
+        self._training = True
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if not self._training and not self._code:
+            self._code = number
+            raise Interrupted(number)
         if number == signal.SIGINT and self._code == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
+        if not self._code and is_main_process():
+            _say(number)
         self._code = max(self._code, number)
 
     def poll(self) -> str:
@@ -69,12 +101,28 @@ class StopRequest:
             code, save_due = flags.tolist()
         self.save_due = bool(save_due)
         if code == _TIME_LIMIT:
-            self.agreed = "TRAIN.MAX_RUN_MINUTES reached"
+            self.agreed, self.exit_code = "TRAIN.MAX_RUN_MINUTES reached", 0
         elif code:
-            self.agreed = signal.Signals(code).name
+            self.agreed, self.exit_code = signal.Signals(code).name, signal_exit_code(code)
         return self.agreed
 
     def saved(self) -> None:
         """Restart the clock of ``save_due``; call this after every save."""
         self._last_save = time.monotonic()
         self.save_due = False
+
+
+def signal_exit_code(number: int) -> int:
+    """Return the exit code of a run that a signal has ended in good order: 128 + its number, as shells have it.
+
+    Under torchrun it is 0: any other code counts as a failure there, and ``--max-restarts`` would start the run again.
+    """
+    return 0 if dist.is_torchelastic_launched() else 128 + number
+
+
+def _say(number: int) -> None:
+    """Tell the user at once that a signal was heard. The log, with its locks, is out of reach inside a handler."""
+    again = "; Ctrl-C again ends it without saving" if number == signal.SIGINT else ""
+    text = f"{signal.Signals(number).name}: stop requested, the run saves and ends after this update{again}\n"
+    with contextlib.suppress(OSError):  # the terminal may be gone, which is what SIGHUP says
+        os.write(sys.__stderr__.fileno(), text.encode())

@@ -5,33 +5,32 @@ import json
 import logging
 import os
 import platform
+import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 from yacs.config import CfgNode
 
 from utils.config import config_notices, dump_config, recipe_deviations, run_folder
-from utils.errors import CheckpointError, NonFiniteError, RunError
-from utils.runtime.distributed import get_local_rank, get_rank, get_world_size, is_distributed, on_main_process
-from utils.runtime.files import write_text_atomic
-from utils.runtime.logging import setup_logging, teardown_logging
+from utils.errors import RunError
+from utils.runtime.distributed import get_rank, get_world_size, is_distributed, on_main_process
+from utils.runtime.failures import error_text, is_user_error, log_failure, settle
+from utils.runtime.files import UNSUPPORTED, side_file, try_folder, warn_once, write_text_atomic
+from utils.runtime.launch import join_processes, select_device
+from utils.runtime.logging import add_log_file, setup_logging, teardown_logging
 from utils.runtime.random_state import seed_process
+from utils.runtime.signals import Interrupted, signal_exit_code
 
 logger = logging.getLogger(__name__)
-
-# Errors whose message says all: what is wrong, where, and what to do.
-USER_ERRORS = (ValueError, OSError, CheckpointError, NonFiniteError, RunError)
 
 
 @dataclass(frozen=True)
@@ -64,59 +63,65 @@ class Run:
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
             }
-            write_text_atomic(self.output_dir / "status.json", json.dumps(row, indent=1) + "\n")
+            path = self.output_dir / "status.json"
+            with side_file(path):
+                write_text_atomic(path, json.dumps(row, indent=1) + "\n")
 
-    def write_failure(self, error: BaseException) -> None:
-        """Write the state failed. A disk that takes nothing any more only warns: ``error`` must stay the last word."""
+    def write_recipe(self, config: CfgNode) -> None:
+        """Write ``config.yaml`` and ``deviations.json`` on rank 0, once it is known that the run goes on with them."""
+        if self.is_main:
+            deviations = recipe_deviations(config)
+            rows = {key: {"published": published, "actual": actual} for key, (published, actual) in deviations.items()}
+            write_text_atomic(self.output_dir / "config.yaml", dump_config(config))
+            text = json.dumps(rows, indent=1, default=list) + "\n"
+            write_text_atomic(self.output_dir / "deviations.json", text)
+
+    def write_end(self, error: BaseException) -> None:
+        """Write how an error or a signal ended the run; on a disk that takes nothing any more, only warn."""
         try:
-            logs = {"logs": "the first error in log_rank*.txt is the cause"} if self.world_size > 1 else {}
-            self.write_status("failed", error=f"{type(error).__name__}: {error_text(error)}", **logs)
-        except OSError as problem:
+            if isinstance(error, Interrupted):
+                self.write_status("preempted", reason=str(error))
+            else:
+                logs = {"logs": "the first error in log_rank*.txt is the cause"} if self.world_size > 1 else {}
+                self.write_status("failed", error=f"{type(error).__name__}: {error_text(error)}", **logs)
+        except OSError as problem:  # ``error`` must stay the last word
             logger.warning("status.json could not be written: %s", problem)
 
 
-def error_text(error: BaseException) -> str:
-    """Return the message of an error with the notes that were added to it."""
-    return "; ".join([str(error), *getattr(error, "__notes__", ())])
-
-
 @contextmanager
-def start_run(config: CfgNode, *, locked: bool = True) -> Iterator[Run]:
+def start_run(config: CfgNode, *, training: bool = True) -> Iterator[Run]:
     """Open a run and close it again, whatever happens inside.
 
-    Process group -> device -> seeds -> output folder and its lock -> log -> ``config.yaml`` and ``deviations.json``. A
-    process group always exists: NCCL and gloo with a GPU, gloo on the CPU, one process without a launcher.
+    Console -> device -> process group -> seeds -> output folder and its lock -> log file -> ``status.json``. A process
+    group always exists: NCCL and gloo with a GPU, gloo on the CPU, one process without a launcher.
 
     Args:
         config: frozen config.
-        locked: refuse to share the output folder with another live run (training); evaluation does not lock.
+        training: the output folder belongs to this run alone, and tells its state. Evaluation shares it.
 
     Raises:
-        SystemExit: code 1, after one of ``USER_ERRORS`` has been logged, be it from inside or from here: another run
-            holds the folder, it cannot be made or written, the launcher's environment is half set.
+        SystemExit: after the reason was logged. Code 1: a user's mistake or a failure of the machine, be it from inside
+            or from here. 130: Ctrl-C. ``signal_exit_code``: a signal before there was anything to save.
     """
-    lock = None
+    opened = lock = store = None
+    setup_logging(0 if os.environ.get("RANK", "0") == "0" else 1)
     try:
-        device = _select_device()
-        _init_process_group(config, device)
+        device = select_device()
+        store = join_processes(device, config.TRAIN.DIST_TIMEOUT)
+        setup_logging(get_rank())
         seed_process(config.SEED + get_rank())
         torch.backends.cudnn.benchmark = device.type == "cuda"
         run = Run(device, get_rank(), get_world_size(), run_folder(config))
-        lock = _prepare_folder(run, locked)
-        setup_logging(run.output_dir, run.rank)
+        lock = _prepare_folder(run, training)
+        add_log_file(run.output_dir, run.rank)
+        opened = run if training else None  # from here on, its status.json is ours to write
         _log_start(config, run)
-        if locked:
-            _record_recipe(config, run)
+        if training:
+            _log_deviations(config)
+            run.write_status("running")
         yield run
     except BaseException as error:
-        _log_failure(error)
-        # With several processes the group is not destroyed: the others may be stuck in a collective, and the loss of
-        # their connection to this process is what ends them.
-        if is_distributed() and get_world_size() == 1:
-            dist.destroy_process_group()
-        if isinstance(error, USER_ERRORS):
-            raise SystemExit(1) from error
-        raise
+        _end(settle(error), opened, store)
     else:
         dist.barrier()
         dist.destroy_process_group()
@@ -126,59 +131,43 @@ def start_run(config: CfgNode, *, locked: bool = True) -> Iterator[Run]:
         teardown_logging()
 
 
-def _log_failure(error: BaseException) -> None:
-    """Log what ends the run; the console gets the traceback of bugs only, the file that of every error."""
-    if not isinstance(error, (SystemExit, KeyboardInterrupt)):
-        brief = {"brief": isinstance(error, USER_ERRORS)}
-        logger.error("rank %d stops: %s", get_rank(), error_text(error), exc_info=True, extra=brief)
+def _end(error: BaseException, run: Run | None, store: dist.Store | None) -> NoReturn:
+    """Log and write down why the run ends, and raise what ends the process."""
+    if isinstance(error, Interrupted):
+        logger.warning("stopped: %s%s", error, "; nothing was saved, as no update was done" if run else "")
+    elif isinstance(error, KeyboardInterrupt):
+        logger.error("interrupted: ended at once, without saving")
+    elif not isinstance(error, SystemExit):
+        log_failure(error, store)
+    if run is not None:
+        run.write_end(error)
+    # With several processes the group is not destroyed: the others may be stuck in a collective, and the loss of their
+    # connection to this process is what ends them.
+    if is_distributed() and get_world_size() == 1:
+        dist.destroy_process_group()
+    if isinstance(error, KeyboardInterrupt):
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        raise SystemExit(signal_exit_code(number)) from error
+    if is_user_error(error):
+        raise SystemExit(1) from error
+    raise error
 
 
-def _select_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index = get_local_rank()
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"LOCAL_RANK is {index}, but this machine shows {torch.cuda.device_count()} GPU(s); "
-            "start at most one process per GPU (--nproc_per_node)"
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+def _prepare_folder(run: Run, training: bool) -> int | None:
+    """Make the output folder and return rank 0's lock; all ranks fail together.
 
-
-def _init_process_group(config: CfgNode, device: torch.device) -> None:
-    """Join the launcher's processes, or make a group of one."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.TRAIN.DIST_TIMEOUT)
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if {"RANK", "WORLD_SIZE"} <= set(missing):
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
-    if missing:
-        raise RunError(
-            f"the environment of a distributed run is half set: {', '.join(missing)} missing; "
-            "start with torchrun, or unset RANK and WORLD_SIZE"
-        )
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, rank, world_size = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    # torchrun keeps its store across --max-restarts, with the addresses of the dead attempt in it: each attempt gets
-    # keys of its own.
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def _prepare_folder(run: Run, locked: bool) -> int | None:
-    """Make the output folder, remove what a killed run left, and return rank 0's lock; all ranks fail together."""
+    What a killed run left is removed, and what a save needs is tried.
+    """
 
     def prepare() -> int | None:
         lock = None
         try:
             run.output_dir.mkdir(parents=True, exist_ok=True)
-            if locked:
+            if training:
                 lock = _lock_folder(run.output_dir)
                 for leftover in run.output_dir.glob(".*.tmp-*"):
                     leftover.unlink()
+                try_folder(run.output_dir)
         except OSError as error:
             reason = error.strerror or error
             raise OSError(
@@ -200,8 +189,17 @@ def _lock_folder(output_dir: Path) -> int:
         owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
         raise RunError(
-            f"{output_dir} is in use by {owner}; wait for it, or give this run another --tag or --output"
+            f"{output_dir} is in use by {owner}; give this run a folder of its own with --tag NEW (or --output), or "
+            "wait for the other one"
         ) from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            os.close(descriptor)
+            raise
+        warn_once(
+            f"the file system of {output_dir} has no locks ({error.strerror}): a second run in the same folder would "
+            "not be noticed, and both would damage each other's files"
+        )
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
     return descriptor
@@ -226,13 +224,9 @@ def _log_start(config: CfgNode, run: Run) -> None:
         logger.warning(notice)
 
 
-def _record_recipe(config: CfgNode, run: Run) -> None:
-    """Log the deviations from the published recipe; write ``config.yaml`` and ``deviations.json``."""
+def _log_deviations(config: CfgNode) -> None:
+    """Log the deviations from the published recipe."""
     deviations = recipe_deviations(config)
     logger.info("deviations from the published recipe: %s", "none" if not deviations else "")
     for key, (published, actual) in deviations.items():
         logger.info("  %s: published %s, here %s", key, published, actual)
-    if run.is_main:
-        write_text_atomic(run.output_dir / "config.yaml", dump_config(config))
-        rows = {key: {"published": published, "actual": actual} for key, (published, actual) in deviations.items()}
-        write_text_atomic(run.output_dir / "deviations.json", json.dumps(rows, indent=1, default=list) + "\n")

@@ -7,7 +7,7 @@ from utils.training.losses import build_criterion
 from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.training.meters import RunningMeans, UpdateTimer
 from utils.training.optimizer import build_optimizer
-from utils.training.parallel import compile_and_warm_up, compile_model, wrap_for_training
+from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.precision import Precision, build_precision
 from utils.training.records import epoch_row, log_updates, record_epoch, trim_metrics
 from utils.training.state import Progress, TrainState
@@ -19,6 +19,7 @@ __all__ = [
     "build_optimizer",
     "build_precision",
     "build_scheduler",
+    "check_compiler",
     "compile_and_warm_up",
     "compile_model",
     "epoch_row",

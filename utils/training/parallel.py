@@ -2,6 +2,10 @@
 
 import inspect
 import logging
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from yacs.config import CfgNode
 
+from utils.errors import RunError, one_line
 from utils.runtime import random_state, set_random_state
 from utils.training.batchnorm import BufferBackup, batchnorm_buffers
 
@@ -50,6 +55,25 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
     )
 
 
+def check_compiler(config: CfgNode, device: torch.device) -> None:
+    """Look for the compiler that ``TRAIN.COMPILE`` needs.
+
+    Raises:
+        ValueError: there is none; what was looked for is named.
+    """
+    if not config.TRAIN.COMPILE:
+        return
+    cpp = ("clang++",) if sys.platform == "darwin" else ("g++",)
+    variable, usual = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", cpp)
+    named = shlex.split(os.environ.get(variable, ""))
+    wanted = named[:1] or usual
+    if not any(shutil.which(name) for name in wanted):
+        raise ValueError(
+            f"TRAIN.COMPILE is True, but no compiler was found ({' or '.join(wanted)}): install one, name one in the "
+            f"environment variable {variable}, or set TRAIN.COMPILE False"
+        )
+
+
 def compile_model(model: nn.Module) -> None:
     """Compile ``model`` in place with ``torch.compile``; the next forward and backward pass do the work.
 
@@ -83,6 +107,9 @@ def compile_and_warm_up(
             compiled code.
         device, world_size: where and in how many processes the run computes.
         autocast: makes the context of the forward pass.
+
+    Raises:
+        RunError: the model cannot be compiled on this machine.
     """
     compiles, on_gpu = config.TRAIN.COMPILE, device.type == "cuda"
     if not (compiles or on_gpu or world_size > 1):
@@ -95,11 +122,17 @@ def compile_and_warm_up(
         compile_model(model.module)
         if averaged is not None:
             compile_model(averaged)
-    warm_up(model, (batch, *image), device=device, autocast=autocast)
-    if compiles:
-        evaluated = model.module if averaged is None else averaged
-        warm_up_evaluation(evaluated, (config.TEST.BATCH_SIZE or batch, *image), device=device, autocast=autocast)
-        logger.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
+    try:
+        warm_up(model, (batch, *image), device=device, autocast=autocast)
+        if compiles:
+            evaluated = model.module if averaged is None else averaged
+            warm_up_evaluation(evaluated, (config.TEST.BATCH_SIZE or batch, *image), device=device, autocast=autocast)
+            logger.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise RunError(
+            f"TRAIN.COMPILE: the model cannot be compiled here: {one_line(error)}; install what is missing, or set "
+            "TRAIN.COMPILE False"
+        ) from error
 
 
 def warm_up(

@@ -1,6 +1,7 @@
 """The numerical precision of a run, decided in one place: autocast, gradient scaling, TF32."""
 
 import contextlib
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ import torch
 from torch.amp import GradScaler
 from yacs.config import CfgNode
 
+logger = logging.getLogger(__name__)
+
+# instruction sets, as PyTorch names them
+_NATIVE = {"bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,6 +49,21 @@ def build_precision(config: CfgNode, device: torch.device) -> Precision:
     if amp == "off":
         return Precision(contextlib.nullcontext, scaler, float32)
     dtype = _DTYPES[amp]
+    if device.type == "cpu" and not _native_on_cpu(amp):
+        logger.warning(
+            "TRAIN.AMP is %s, but this CPU has no native %s: training will be several times slower than in float32; "
+            "set TRAIN.AMP off (--amp off)",
+            amp,
+            amp,
+        )
     return Precision(
         lambda: torch.autocast(device.type, dtype=dtype), scaler, f"autocast {dtype}".replace("torch.", "")
     )
+
+
+def _native_on_cpu(amp: str) -> bool:
+    """Return whether this CPU computes in the 16-bit format itself; True where PyTorch does not tell."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return True
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in _NATIVE[amp])

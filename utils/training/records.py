@@ -2,13 +2,14 @@
 
 import json
 import logging
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.runtime import atomic_file, write_text_atomic
+from utils.runtime import atomic_file, set_aside, side_file, write_text_atomic
 from utils.training.evaluation import EvalResult
 from utils.training.meters import RunningMeans, UpdateTimer, peak_memory_mib
 
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 DATA_WAIT_SHARE = 0.1  # of an epoch's time
 DATA_WAIT_SECONDS = 2.0  # per epoch
+_FIGURES = ("epoch", "train_loss", "val_loss", "val_acc1", "val_acc5", "lr")  # what is drawn
 
 
 def log_updates(
@@ -84,7 +86,7 @@ def warn_of_data_wait(share: float, seconds: float) -> None:
 
 
 def record_epoch(directory: Path, row: dict[str, Any], result: EvalResult | None) -> None:
-    """Append an epoch to ``metrics.jsonl``, redraw ``curves.png``, and log it.
+    """Append an epoch to ``metrics.jsonl``, redraw ``curves.png``, and log it. Trouble with these files only warns.
 
     Args:
         directory: output folder.
@@ -110,8 +112,12 @@ def record_epoch(directory: Path, row: dict[str, Any], result: EvalResult | None
             result.num_samples,
             row["best_acc1"],
         )
-    append_metrics(directory / "metrics.jsonl", row)
-    plot_curves(read_metrics(directory / "metrics.jsonl"), directory / "curves.png")
+    metrics, curves = directory / "metrics.jsonl", directory / "curves.png"
+    rows = read_metrics(metrics)
+    with side_file(metrics):
+        append_metrics(metrics, row)
+    with side_file(curves):
+        plot_curves([*rows, row], curves)
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
@@ -129,23 +135,38 @@ def append_metrics(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``metrics.jsonl``; an unfinished last line, left by a killed process, is ignored."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    """Return the rows of a ``metrics.jsonl``; an unfinished last line, left by a killed process, is ignored.
+
+    A file that holds anything else is set aside, and there are no rows.
+    """
+    if not path.exists():
+        return []
+    try:
+        *lines, last = path.read_text(encoding="utf-8").splitlines() or [""]
+        rows = [json.loads(line) for line in lines]
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(last))
+        if not all(_is_row(row) for row in rows):
+            raise ValueError("a line is not the figures of an epoch")
+    except (OSError, ValueError, RecursionError) as error:
+        with side_file(path):
+            set_aside(path, error)
+        return []
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("epoch")) is not int:
+        return False
+    return all(type(row.get(key, 0)) in (int, float, type(None)) for key in _FIGURES)
 
 
 def trim_metrics(path: Path, epochs: int) -> None:
     """Keep the rows of the first ``epochs`` epochs only, so that a resumed run does not report an epoch twice."""
-    if not path.exists():
-        return
     rows = [row for row in read_metrics(path) if row["epoch"] <= epochs]
-    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if path.exists():
+        with side_file(path):
+            write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -1,0 +1,95 @@
+"""Errors that end a run: whose mistake they are, and what the console, the log and the other processes get of them."""
+
+import logging
+import re
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import timm
+import torch.distributed as dist
+
+from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError, message_text
+from utils.runtime.distributed import get_rank, get_world_size, is_distributed
+
+logger = logging.getLogger(__name__)
+
+# Errors whose message says all: what is wrong, where, and what to do.
+USER_ERRORS = (ValueError, OSError, CheckpointError, ImageReadError, NonFiniteError, RunError)
+SIGNAL_SECONDS = 1.0  # a signal to all processes reaches one of them this much later than another
+_FAILED = "failed"  # key in the store that the processes share
+_LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|timeout|remote process exited", re.I)
+
+
+def error_text(error: BaseException) -> str:
+    """Return the message of an error with the notes that were added to it."""
+    text = message_text(error)
+    if isinstance(error, AssertionError) and not text:
+        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return "; ".join([text, *getattr(error, "__notes__", ())])
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Return whether an error is a user's mistake, or the machine's, and its message says all.
+
+    timm checks its arguments, which come from the configuration, with assertions.
+    """
+    if isinstance(error, AssertionError):
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        return Path(timm.__file__).parent in Path(innermost.filename).parents
+    return isinstance(error, USER_ERRORS) or is_lost_connection(error)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an error tells that another process has ended or hangs."""
+    from_torch = isinstance(error, RuntimeError) and not isinstance(error, USER_ERRORS)
+    return get_world_size() > 1 and from_torch and bool(_LOST.search(str(error)))
+
+
+def settle(error: BaseException) -> BaseException:
+    """Return what ends this process: ``error``, or the signal that ended the other processes and arrives here next."""
+    if is_lost_connection(error):
+        try:
+            time.sleep(SIGNAL_SECONDS)
+        except KeyboardInterrupt as interrupt:
+            return interrupt
+    return error
+
+
+def log_failure(error: BaseException, store: dist.Store | None) -> None:
+    """Log what ends the run, its traceback in the file alone, and tell the other processes.
+
+    Args:
+        error: what ends this process.
+        store: what the processes share, or None if they have not met.
+    """
+    rank = get_rank()
+    who = f"rank {rank}" if is_distributed() else "the run"
+    lost = is_lost_connection(error)
+    culprit = "rank 0" if getattr(error, "from_rank_0", False) else _culprit(store) if lost else ""
+    if culprit:
+        text = f"stops because {culprit} failed"
+    elif lost:
+        text = f"stops: another process failed or hangs: {error_text(error)}"
+    else:
+        text = f"stops: {error_text(error)}"
+    logger.error("%s %s", who, text, exc_info=error, extra={"brief": True})
+    if not (culprit or lost) and store is not None and get_world_size() > 1:
+        _tell_others(store, rank)
+
+
+def _tell_others(store: dist.Store, rank: int) -> None:
+    try:
+        store.set_timeout(timedelta(seconds=SIGNAL_SECONDS))
+        store.set(_FAILED, f"rank {rank}")
+    except RuntimeError as error:
+        logger.debug("the other processes were not told: %s", error)
+
+
+def _culprit(store: dist.Store | None) -> str:
+    """Return which process said that it failed, or '' if none did."""
+    try:
+        return store.get(_FAILED).decode() if store is not None and store.check([_FAILED]) else ""
+    except RuntimeError:  # whoever held the store has ended: rank 0, or torchrun
+        return "" if dist.is_torchelastic_launched() else "rank 0"
