@@ -8,6 +8,7 @@ whoever reads their bytes checks them first. Time and memory are bounded by the 
 import collections
 import io
 import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,7 +160,6 @@ _FUNCTIONS: dict[str, Any] = {
     **{f"torch.{name}Storage": StorageSpec("", dtype, 0) for name, dtype in _STORAGES.items()},
     **{str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
 }
-_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocol 2, of Python 2, names them
 
 _NEW: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -282,7 +282,9 @@ class Reader:
         return items
 
     def _find(self, module: str, name: str) -> Any:
-        full = ascii(f"{_MODULES.get(module, module)}.{name}")[1:-1][:200]
+        # protocol 2 names things as Python 2 did: commands.getoutput is subprocess.getoutput
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        full = ascii(f"{module}.{name}")[1:-1][:200]
         if full not in self._functions:
             self.unknown.add(full)
             return Unknown(full)

@@ -111,7 +111,7 @@ class WeightFinder:
         """Return the entry of an opened file that holds the weights.
 
         Raises:
-            CheckpointError: there are none, or several that fit equally well; lists them and the flags that choose.
+            CheckpointError: there are none, or several that fit; lists them and the flags that choose.
         """
         entries = _tensor_entries(payload)
         if not entries:
@@ -131,7 +131,7 @@ class WeightFinder:
             candidates = [self._best_prefix(name, weights, path) for name, weights in group.items()]
             best = max((c.fitting for c in candidates), default=0)
             if best:
-                return _only([c for c in candidates if c.fitting == best], path)
+                return _only([c for c in candidates if c.fitting > best / 2], path)
         entry = max(entries, key=lambda name: len(entries[name]))
         return self._best_prefix(entry, entries[entry], path)
 
@@ -153,7 +153,7 @@ class WeightFinder:
             prefix += part
             weights = {name.removeprefix(part): value for name, value in weights.items()}
             fitting = self._fitting(weights)
-            if fitting > best.fitting:
+            if fitting and fitting >= best.fitting:
                 best = _Candidate(entry, prefix, weights, fitting)
         return best
 
