@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 
+from data.images.transforms import build_transform
 from tests.builders import config_with
 from utils.checkpoint.resume import check_continuation, checkpoint_metadata, warn_preprocessing
 from utils.errors import CheckpointError
@@ -78,4 +81,34 @@ def test_other_preprocessing_is_logged(caplog) -> None:
     )
     caplog.clear()
     warn_preprocessing(config_with(), {}, PATH)  # a file of others, which says nothing about it
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    (
+        ({}, (True, 256)),
+        ({"TEST__CROP": False}, (False, None)),
+        ({"DATA__IMG_SIZE": 32}, (True, 32)),
+        ({"DATA__IMG_SIZE": 32, "TEST__CROP": False}, (True, 32)),
+    ),
+)
+def test_the_preprocessing_that_is_stored_is_what_evaluation_does(keys: dict[str, Any], expected: tuple) -> None:
+    stored = payload(**keys)["preprocessing"]
+    transform = build_transform(config_with(**keys), is_train=False)
+    assert (stored["crop"], stored["short_side"]) == expected
+    assert transform.short_side == expected[1]
+
+
+def test_a_timm_model_that_expects_other_images_is_warned_of_once(caplog) -> None:
+    config = config_with(MODEL__TYPE="timm")
+    with torch.device("meta"):
+        for name, expected in (("vit_tiny_patch16_224", 1), ("resnet18.tv_in1k", 1)):
+            caplog.clear()
+            warn_preprocessing(config, {}, PATH, timm.create_model(name))
+            assert len(caplog.records) == expected
+    assert "interpolation bilinear (here bicubic)" in caplog.text
+    assert "mean" not in caplog.text
+    caplog.clear()
+    warn_preprocessing(config, payload(), PATH, timm.create_model("resnet18.tv_in1k"))  # says how it was trained
     assert not caplog.records
