@@ -129,7 +129,7 @@ def test_all_problems_are_reported_at_once(write):
         ("TRAIN.EPOHCS", "TRAIN.EPOCHS?"),
         ("BATCHSIZE", "BATCH_SIZE?"),
         ("cifa10", "known: imagenet", "CIFAR10"),
-        ("bf15", "off, bf16, fp16"),
+        ("bf15", "off, auto, bf16, fp16"),
         ("MODEL.NUM_CLASSES is 0", "[1, 100000000]"),
         ("TRAIN.SAVE_KEEP is 1", "[2, inf)"),
         ("DATA.IMG_SIZE is 100", "96 or 128"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from utils.config import parse_config
+from utils.runtime import describe_cpu
 from utils.training import build_precision, check_compiler
 
 CPU = torch.device("cpu")
@@ -31,4 +32,31 @@ def test_a_cpu_without_the_format_is_warned_about(monkeypatch, caplog, amp, able
     assert caplog.messages == []
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     build_precision(config, CPU)
-    assert [f"TRAIN.AMP is {amp}" in text and "--amp off" in text for text in caplog.messages] == [True]
+    assert [f"TRAIN.AMP is {amp}" in text and "--amp auto" in text for text in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"), [({"amx_bf16": True}, "autocast bfloat16"), ({"avx2": True}, "float32"), (None, "float32")]
+)
+def test_auto_is_bf16_where_it_is_native(monkeypatch, caplog, able, expected):
+    if able is None:  # a PyTorch that does not tell
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    precision = build_precision(parse_config("TRAIN: {AMP: auto}", "a test"), CPU)
+    with precision.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert (precision.description, product.dtype == torch.bfloat16) == (expected, "bfloat16" in expected)
+    assert caplog.messages == []
+
+
+def test_the_log_tells_what_the_cpu_can_do(monkeypatch):
+    for able, expected in (
+        (
+            {"avx2": True, "avx512_f": True, "amx_bf16": True},
+            "CPU with AVX2, AVX-512, bf16, AMX (--amp bf16 is native)",
+        ),
+        ({"avx2": True}, "CPU with AVX2 (no native bf16: train in float32)"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        assert describe_cpu() == expected

@@ -25,6 +25,7 @@ from utils.errors import RunError
 from utils.runtime.distributed import get_rank, get_world_size, is_distributed, on_main_process
 from utils.runtime.failures import error_text, is_user_error, log_failure, settle
 from utils.runtime.files import UNSUPPORTED, side_file, try_folder, warn_once, write_text_atomic
+from utils.runtime.hardware import describe_cpu
 from utils.runtime.launch import join_processes, select_device
 from utils.runtime.logging import add_log_file, setup_logging, teardown_logging
 from utils.runtime.random_state import seed_process
@@ -208,7 +209,7 @@ def _lock_folder(output_dir: Path) -> int:
 def _log_start(config: CfgNode, run: Run) -> None:
     """Log what runs where, and what the config's user should know."""
     logger.info("command: %s", " ".join(sys.argv))
-    device = f"CPU, {torch.get_num_threads()} thread(s) per process"
+    device = f"{describe_cpu()}, {torch.get_num_threads()} thread(s) per process"
     if run.device.type == "cuda":
         device = torch.cuda.get_device_name(run.device)
     logger.info(

@@ -10,10 +10,10 @@ import torch
 from torch.amp import GradScaler
 from yacs.config import CfgNode
 
+from utils.runtime import cpu_features
+
 logger = logging.getLogger(__name__)
 
-# instruction sets, as PyTorch names them
-_NATIVE = {"bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,12 +33,17 @@ class Precision:
 
 
 def build_precision(config: CfgNode, device: torch.device) -> Precision:
-    """Build the precision that ``TRAIN.AMP`` (off, bf16, fp16) and ``TRAIN.TF32`` ask for.
+    """Build the precision that ``TRAIN.AMP`` (off, auto, bf16, fp16) and ``TRAIN.TF32`` ask for.
+
+    ``auto`` is bf16 where the device computes in it natively (NVIDIA GPUs since Ampere, CPUs with AVX-512 bf16 or AMX),
+    else off.
 
     TF32 is set explicitly for matrix products and convolutions, because PyTorch's own defaults for the two differ:
     without this, float32 convolutions on an NVIDIA GPU would silently run in TF32.
     """
     amp = config.TRAIN.AMP
+    if amp == "auto":
+        amp = "bf16" if _is_native("bf16", device) else "off"
     tf32 = config.TRAIN.TF32 and device.type == "cuda"
     if device.type == "cuda":
         mode = "tf32" if tf32 else "ieee"
@@ -49,10 +54,10 @@ def build_precision(config: CfgNode, device: torch.device) -> Precision:
     if amp == "off":
         return Precision(contextlib.nullcontext, scaler, float32)
     dtype = _DTYPES[amp]
-    if device.type == "cpu" and not _native_on_cpu(amp):
+    if device.type == "cpu" and _is_native(amp, device) is False:
         logger.warning(
-            "TRAIN.AMP is %s, but this CPU has no native %s: training will be several times slower than in float32; "
-            "set TRAIN.AMP off (--amp off)",
+            "TRAIN.AMP is %s, but this CPU has no native %s: training will be slower than in float32, with bf16 "
+            "9 times where it was measured; set TRAIN.AMP off or auto (--amp auto)",
             amp,
             amp,
         )
@@ -61,9 +66,9 @@ def build_precision(config: CfgNode, device: torch.device) -> Precision:
     )
 
 
-def _native_on_cpu(amp: str) -> bool:
-    """Return whether this CPU computes in the 16-bit format itself; True where PyTorch does not tell."""
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return True
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in _NATIVE[amp])
+def _is_native(amp: str, device: torch.device) -> bool | None:
+    """Return whether the device computes in the 16-bit format itself; None where PyTorch does not tell."""
+    if device.type == "cuda":
+        return amp == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    features = cpu_features()
+    return features and features[amp]
