@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
 from data import build_batch_transform, build_val_loader, check_data, check_transform
-from models import build_model, check_model, from_published, inference_form
+from models import build_model, check_model, fit_weights, from_published, inference_form
 from utils.checkpoint import class_columns, load_weights, resolve_source, sha256, warn_preprocessing, weight_options
 from utils.config import parse
 from utils.runtime import Run, StopRequest, start_run, write_text_atomic
@@ -68,6 +68,7 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
         model,
         source,
         remap=from_published,
+        fit=fit_weights,
         prefer_ema=weights != "model",
         require_ema=weights == "ema",
         **weight_options(config),

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Keys that may change without permission: the log says so, and every sample is still seen once per epoch.
 _BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")
+# Keys to which the weights of a Strip-MLP belong. Only weights are fitted to another input, not a training state.
+_INPUT_KEYS = ("DATA.IMG_SIZE", "MODEL.STRIP_MLP.IN_CHANS")
 
 
 def starting_point(config: CfgNode, store: CheckpointStore) -> Path | None:
@@ -121,7 +123,12 @@ def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: 
     differences = recipe_differences(saved, config)
     blocking = []
     for key, (then, now) in differences.items():
-        if key in allowed or key in _BATCH_KEYS:
+        if key in _INPUT_KEYS and config.MODEL.TYPE != "timm":
+            blocking.append(
+                f"  {key}: {then} in the checkpoint, {now} now: averaged weights and the optimizer's state cannot be "
+                f"fitted to another input; start a new run from its weights: --pretrained {path} --tag NEW"
+            )
+        elif key in allowed or key in _BATCH_KEYS:
             logger.warning("%s changes on resume: %s -> %s", key, then, now)
         else:
             blocking.append(f"  {key}: {then} in the checkpoint, {now} now (allow with --allow-change {key})")
