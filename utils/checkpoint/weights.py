@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import first_nonfinite, load_checkpoint, resolve_source, sha256
+from utils.config import as_pair
 from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -214,7 +215,7 @@ def load_weights(
     fit: Fit = _unchanged,
     replace_head: bool = False,
     classes: Sequence[str] | None = None,
-    img_size: int = 0,
+    img_size: int | tuple[int, int] = 0,
     **choice: Any,
 ) -> tuple[LoadReport, dict[str, Any]]:
     """Fill ``model`` from the file ``source`` and return the report and the file's other entries.
@@ -230,7 +231,7 @@ def load_weights(
         replace_head: a classifier of another size or for other classes keeps its fresh values (fine-tuning) instead of
             being an error.
         classes: the data set's, compared with the file's if ``replace_head``.
-        img_size: side of the model's input, for messages.
+        img_size: size of the model's input, for messages.
         choice: ``key``, ``prefix``, ``prefer_ema`` and ``require_ema`` of ``WeightFinder``.
 
     Raises:
@@ -247,7 +248,7 @@ def load_weights(
         report.matched = [key for key in report.matched if key not in head]
     level = logging.WARNING if report.fitted else logging.INFO
     logger.log(level, "weights from %s (sha256 %s), %s: %s", path, sha256(path)[:16], taken, report.text())
-    _check_report(report, path, head=head, replace_head=replace_head, sizes=(_image_size(shapes), img_size))
+    _check_report(report, path, head=head, replace_head=replace_head, sizes=(_image_size(shapes), as_pair(img_size)))
 
     payload = load_checkpoint(path)
     weights, _ = fit(remap(finder.find(payload, path).weights), model)
@@ -281,15 +282,17 @@ def _log_fresh(report: LoadReport) -> None:
         logger.info("the classifier (%s) keeps its fresh values: the file's head %s", fresh, why)
 
 
-def _image_size(payload: Mapping[str, Any]) -> int:
-    """Return the image size that a file says it was made for, 0 if it says none."""
+def _image_size(payload: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the image size, (height, width), that a file says it was made for; empty if it says none."""
     for names in (("preprocessing", "img_size"), ("config", "DATA", "IMG_SIZE")):
         value: Any = payload
         for name in names:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, int):
-            return value
-    return 0
+            return value, value
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            return tuple(value)
+    return ()
 
 
 def _compare(model: nn.Module, shapes: dict[str, Tensor], remap: Callable, fit: Fit) -> LoadReport:
@@ -326,7 +329,7 @@ def _head_keys(model: nn.Module) -> set[str]:
 
 
 def _check_report(
-    report: LoadReport, path: Path, *, head: set[str], replace_head: bool, sizes: tuple[int, int]
+    report: LoadReport, path: Path, *, head: set[str], replace_head: bool, sizes: tuple[tuple[int, ...], ...]
 ) -> None:
     """Raise if weights would be left out: all of them, any that the model lacks, or any outside a replaced head."""
     own = {*report.reshaped, *report.missing}
@@ -340,10 +343,10 @@ def _check_report(
         advice = (
             f"only the classifier differs: set MODEL.NUM_CLASSES to the file's{count}, or fine-tune with --pretrained"
         )
-    elif all(sizes) and sizes[0] != sizes[1]:
+    elif sizes[0] and any(sizes[1]) and sizes[0] != sizes[1]:
         advice = (
-            f"the file is for images of {sizes[0]} x {sizes[0]} pixels, this model for {sizes[1]} x {sizes[1]}: "
-            f"set --opts DATA.IMG_SIZE {sizes[0]}"
+            f"the file is for images of {sizes[0][0]} x {sizes[0][1]} pixels, this model for {sizes[1][0]} x "
+            f"{sizes[1][1]}: set --opts DATA.IMG_SIZE {','.join(map(str, dict.fromkeys(sizes[0])))}"
         )
     else:
         advice = "is MODEL.* (and DATA.IMG_SIZE) of the config the variant that the file was made with?"
