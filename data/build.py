@@ -13,7 +13,14 @@ from data.loading.loader import ImageLoader
 from data.loading.samplers import EvalShardSampler, TrainSampler
 from data.sources.base import ArraySource, FolderSource, Source
 from data.sources.builtin import cifar_source, digits_source
-from data.sources.cached import DecodedSource, FinishedSource, finished_file, is_finished, write_finished
+from data.sources.cached import (
+    DecodedSource,
+    FinishedSource,
+    ScalableSource,
+    finished_file,
+    is_finished,
+    write_finished,
+)
 from data.sources.classes import order_classes
 from data.sources.layout import check_layout
 from data.sources.listing import class_folders
@@ -62,6 +69,8 @@ def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
     source = _build_source(config, is_train=is_train)
     if config.DATA.CACHE_DECODED == "ram" and not isinstance(source, ArraySource):
         source = DecodedSource(source)
+    elif config.DATA.FAST_RESIZE and source.channels == 3 and not isinstance(source, ArraySource):
+        source = ScalableSource(source)
     transform = build_transform(config, is_train=is_train)
     skip_bad = config.DATA.BAD_IMAGES == "skip"
     dataset = ImageDataset(source, transform, seed=config.SEED, skip_bad=skip_bad)

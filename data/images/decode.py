@@ -47,18 +47,47 @@ def decode_image(data: bytes, *, as_array: bool, channels: int = 3) -> Picture:
         pixels = _decode_plain_jpeg(data)
         if pixels is not None:
             return pixels
-    try:
-        with Image.open(BytesIO(data)) as image:
-            return _to_mode(image, _MODES[channels]) if channels in _MODES else _to_bands(image, channels)
-    except ImageReadError:
-        raise
-    except Exception as error:  # Pillow's plugins raise many types for foreign bytes (OSError, SyntaxError, ...)
-        detail = str(error)
-        if "BytesIO" in detail:  # Pillow's message names our buffer instead of a file
-            detail = "not an image of a known format"
-            if channels not in _MODES:
-                detail += f"; {channels} channels can be stored as a TIFF with a grey page for each"
-        raise ImageReadError(f"{detail or 'decoding failed'} [{type(error).__name__}]") from error
+    return _decode_with_pillow(data, channels)
+
+
+class ScalableJpeg:
+    """An RGB image in a JPEG file, decoded when it is known how much of its resolution is needed.
+
+    libjpeg decodes to 1/2, 1/4 or 1/8 of the size in a fraction of the time: it leaves out the frequencies that the
+    smaller image cannot show. Both decoders give the same pixels.
+
+    Args:
+        data: the whole file.
+
+    Raises:
+        ImageReadError: it is not a JPEG file whose header can be read; ``decode_image`` takes the others.
+    """
+
+    REDUCTIONS = (8, 4, 2)
+
+    def __init__(self, data: bytes) -> None:
+        try:
+            if data[:2] != _JPEG_START:
+                raise ValueError("not a JPEG file")
+            if simplejpeg is not None:
+                self.height, self.width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            else:
+                with Image.open(BytesIO(data)) as image:
+                    (self.width, self.height), colorspace = image.size, image.mode
+        except (ValueError, OSError) as error:
+            raise ImageReadError(str(error)) from error
+        if colorspace not in ("YCbCr", "Gray", "RGB", "L"):
+            raise ImageReadError(f"{colorspace} pixels")
+        self._data = data
+
+    def decode(self, reduction: int) -> Picture:
+        """Return the picture at 1/``reduction`` (1 or one of ``REDUCTIONS``) of its size, rounded up.
+
+        Raises:
+            ImageReadError: as ``decode_image``.
+        """
+        pixels = _decode_plain_jpeg(self._data, reduction=reduction) if simplejpeg is not None else None
+        return _decode_with_pillow(self._data, 3, reduction=reduction) if pixels is None else pixels
 
 
 def jpeg_complaint(data: bytes) -> str | None:
@@ -76,16 +105,36 @@ def jpeg_complaint(data: bytes) -> str | None:
     return None
 
 
-def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
+def _decode_plain_jpeg(data: bytes, *, reduction: int = 1) -> np.ndarray | None:
     """Decode a YCbCr or grey JPEG file; None where Pillow has to decide (CMYK, damaged, huge)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         limit = Image.MAX_IMAGE_PIXELS
         if colorspace not in ("YCbCr", "Gray") or (limit is not None and height * width > limit):
             return None
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        # the smallest size that is not below the one asked for; of its own accord the decoder does not reduce
+        least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)} if reduction > 1 else {}
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **least)
     except ValueError:  # strict: Pillow either accepts the file, as the published code did, or names the fault
         return None
+
+
+def _decode_with_pillow(data: bytes, channels: int, *, reduction: int = 1) -> Picture:
+    """Decode any image; a JPEG file to 1/``reduction`` of its width and height."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            if reduction > 1:
+                image.draft(None, (image.width // reduction, image.height // reduction))
+            return _to_mode(image, _MODES[channels]) if channels in _MODES else _to_bands(image, channels)
+    except ImageReadError:
+        raise
+    except Exception as error:  # Pillow's plugins raise many types for foreign bytes (OSError, SyntaxError, ...)
+        detail = str(error)
+        if "BytesIO" in detail:  # Pillow's message names our buffer instead of a file
+            detail = "not an image of a known format"
+            if channels not in _MODES:
+                detail += f"; {channels} channels can be stored as a TIFF with a grey page for each"
+        raise ImageReadError(f"{detail or 'decoding failed'} [{type(error).__name__}]") from error
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.images.decode import Picture
+from data.images.decode import Picture, ScalableJpeg, decode_image
 from data.images.resize import EvalResize, as_image
 from data.loading.shared_memory import SharedItems
 from data.sources.base import EncodedSource, Source
@@ -47,6 +47,17 @@ class _CachedSource:
 
     def fingerprint(self) -> str:
         return self._source.fingerprint()
+
+
+class ScalableSource(_CachedSource):
+    """A source whose JPEG files reach the transform undecoded, to be decoded no larger than it needs them."""
+
+    def load(self, index: int) -> Picture | ScalableJpeg:
+        data = self._source.read(index)
+        try:
+            return ScalableJpeg(data)
+        except ImageReadError:
+            return decode_image(data, as_array=self.as_array)
 
 
 class DecodedSource(_CachedSource):

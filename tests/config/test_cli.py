@@ -71,7 +71,9 @@ def test_all_flags_are_covered_and_explained(capsys):
     text = capsys.readouterr().out
     assert all(flag in text and f"[{key}]" in "".join(text.split()) for flag, key, _, _ in CASES)
     others = ("What it does.", "--cfg", "--opts", "--print-config", "--allow-change", "--weights", "--local_rank")
-    assert all(part in text for part in (*others, "--local-rank", "CIFAR100", "no|part|full", "--amp off|auto|bf16|fp16"))
+    assert all(
+        part in text for part in (*others, "--local-rank", "CIFAR100", "no|part|full", "--amp off|auto|bf16|fp16")
+    )
 
 
 def test_without_flags_the_file_decides(cfg):

@@ -131,7 +131,7 @@ _ROWS = (
     Key("DATA.DOWNLOAD", True, "fetch CIFAR-10/100 if DATA.DATA_PATH does not hold it", affects="nothing", ours=True),
     Key("DATA.PIPELINE", "fast", "fast: uint8 batches, finished on the device; reference: float batches as published",
         "fast|reference", ours=True),
-    Key("DATA.FAST_RESIZE", False, "scale with torch instead of Pillow: faster, pixels differ slightly", ours=True),
+    Key("DATA.FAST_RESIZE", False, "scale with torch, large JPEG files while decoding: faster, pixels differ slightly", ours=True),
     Key("DATA.VAL_CACHE", "", "folder for the preprocessed validation images; empty = off",
         affects="nothing", ours=True, is_path=True),
     Key("DATA.CACHE_DECODED", "off", "ram: keep decoded uint8 images in memory (small data sets)",
