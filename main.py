@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 import main_eval
 from data import build_batch_transform, build_train_loader, build_val_loader, check_data, check_transform
-from models import accelerate, build_model, check_model, from_published
+from models import accelerate, build_model, check_model, from_published, frozen_parts
 from utils.checkpoint import (
     BEST,
     CheckpointStore,
@@ -152,6 +152,8 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
         ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
     parameters = sum(p.numel() for p in model.parameters())
     logger.info("model: %s, %s parameters, %s", config.MODEL.NAME, f"{parameters:,}", precision.description)
+    if config.TRAIN.FREEZE != "none":
+        logger.info("frozen, TRAIN.FREEZE %s: %s", config.TRAIN.FREEZE, ", ".join(frozen_parts(model)))
     logger.info(
         "update: %d images (%d x %d process(es) x %d), %d updates per epoch, learning rate %g",
         global_batch_size(config, run.world_size),
@@ -212,7 +214,7 @@ def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: 
         state.means = RunningMeans(run.device)
     model.train()
     for group in timer.fetched(update_groups(session, state)):
-        lr = state.optimizer.param_groups[0]["lr"]
+        lr = state.learning_rate
         state.guard.begin(update_record(progress, group))
         loss = accumulate_gradients(model, group, progress, session)
         state.scaler.unscale_(state.optimizer)
@@ -298,7 +300,7 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
         row = {
             "epoch": epoch,
             "step": progress.global_step,
-            "lr": state.optimizer.param_groups[0]["lr"],
+            "lr": state.learning_rate,
             **row,
             "skipped": state.guard.reported,
             "bad_images": bad_images,

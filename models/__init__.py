@@ -4,6 +4,7 @@ from .build import build_model
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model
 from .forms import accelerate, inference_form
+from .freezing import frozen_parts
 from .strip_mlp import StripMLPNet
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "build_model",
     "check_model",
     "from_published",
+    "frozen_parts",
     "inference_form",
     "to_published",
 ]

@@ -1,5 +1,7 @@
 """What happens to a whole batch on the device: normalisation, random erasing, mixup and cutmix, in this order."""
 
+import math
+
 import torch
 from timm.data import Mixup
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,20 +18,29 @@ class BatchTransform:
 
     uint8 images are normalised with ImageNet's mean and standard deviation (for every data set, as published) and, in
     training, randomly erased; float images come from the reference pipeline, which has done both. Then, in training,
-    timm's Mixup mixes images and labels. The global random streams are left alone.
+    timm's Mixup mixes images and labels; at the end of the run it may only smooth the labels. The global random streams
+    are left alone.
 
     Args:
         device: where the batch goes.
         erasing: random erasing, or None.
         mixup: timm's Mixup, or None.
         seed, rank: seed of the run and rank of this process, for mixup.
+        mixed_epochs: epochs before images are mixed no more.
 
     Attributes:
         mixes: whether targets come out as class distributions (B, num_classes) instead of labels (B,).
     """
 
     def __init__(
-        self, device: torch.device, *, erasing: RandomErasing | None, mixup: Mixup | None, seed: int, rank: int
+        self,
+        device: torch.device,
+        *,
+        erasing: RandomErasing | None,
+        mixup: Mixup | None,
+        seed: int,
+        rank: int,
+        mixed_epochs: float = math.inf,
     ) -> None:
         self.device = device
         self.mixes = mixup is not None
@@ -37,6 +48,7 @@ class BatchTransform:
         self._mixup = mixup
         self._seed = seed
         self._rank = rank
+        self._mixed_epochs = mixed_epochs
         self._mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(1, 3, 1, 1)
 
@@ -49,7 +61,7 @@ class BatchTransform:
             images: (B, 3, S, S), uint8 in 0..255 or normalised float; B is even under mixup.
             targets: int64 (B,).
             indices: int64 (B,) on the CPU, indices of the samples in their data set.
-            epoch: seeds the erasing, together with each index.
+            epoch: seeds the erasing, together with each index, and says whether to mix.
             update: number of the optimizer update; seeds the mixing, together with rank, epoch and the first index
                 (so that the batches of one accumulated update are mixed differently).
         """
@@ -63,6 +75,7 @@ class BatchTransform:
                 images = self._erasing(images, indices, epoch=epoch)
         if self._mixup is None:
             return images, targets
+        self._mixup.mixup_enabled = epoch < self._mixed_epochs
         with seeded_streams(self._seed, self._rank, epoch, update, int(indices[0])):
             return self._mixup(images, targets)
 
@@ -86,4 +99,11 @@ def build_batch_transform(
             label_smoothing=config.MODEL.LABEL_SMOOTHING,
             num_classes=config.MODEL.NUM_CLASSES,
         )
-    return BatchTransform(torch.device(device), erasing=erasing, mixup=mixup, seed=config.SEED, rank=rank)
+    return BatchTransform(
+        torch.device(device),
+        erasing=erasing,
+        mixup=mixup,
+        seed=config.SEED,
+        rank=rank,
+        mixed_epochs=config.TRAIN.EPOCHS - aug.MIXUP_OFF_EPOCHS,
+    )

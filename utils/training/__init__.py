@@ -6,7 +6,7 @@ from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion
 from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.training.meters import RunningMeans, UpdateTimer
-from utils.training.optimizer import build_optimizer
+from utils.training.optimizer import build_optimizer, is_fused, kept_state
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.precision import Precision, build_precision
 from utils.training.records import epoch_row, log_updates, record_epoch, trim_metrics
@@ -26,6 +26,8 @@ __all__ = [
     "EvalResult",
     "evaluate",
     "global_batch_size",
+    "is_fused",
+    "kept_state",
     "log_updates",
     "measure_throughput",
     "NonFiniteGuard",
