@@ -27,6 +27,7 @@ from utils.checkpoint import (
     BEST,
     CheckpointStore,
     checkpoint_metadata,
+    load_teacher,
     load_weights,
     starting_point,
     warn_preprocessing,
@@ -117,6 +118,8 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     val_loader = build_val_loader(config, device=run.device)
     check_data(config, loader.dataset, val_loader.dataset)
     transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank)
+    metadata = checkpoint_metadata(config, loader.dataset.classes, len(loader.dataset))
+    teacher = load_teacher(config, run.device, metadata, build=build_model, remap=from_published)
     logger.info(
         "data: %s, %d training and %d validation samples in %d classes",
         config.DATA.DATASET,
@@ -133,9 +136,10 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
         transform=transform,
         val_transform=build_batch_transform(config, is_train=False, device=run.device, rank=run.rank),
         criterion=build_criterion(config, soft_targets=transform.mixes),
+        teacher=teacher,
         store=CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP),
         stop=stop,
-        metadata=checkpoint_metadata(config, loader.dataset.classes, len(loader.dataset)),
+        metadata=metadata if teacher is None else {**metadata, "teacher": teacher.digest},
     )
 
 
@@ -248,7 +252,7 @@ def accumulate_gradients(
         model: the wrapped model.
         group: the micro-batches.
         progress: before the update.
-        objective: batch transform, criterion and precision.
+        objective: batch transform, loss and precision.
     """
     losses = []
     for number, (images, targets, indices) in enumerate(group):
@@ -262,7 +266,7 @@ def accumulate_gradients(
         last = number == len(group) - 1
         with nullcontext() if last else model.no_sync():
             with objective.precision.autocast():
-                loss = objective.criterion(model(images), targets) / len(group)
+                loss = objective.loss(model(images), targets, images) / len(group)
             objective.precision.scaler.scale(poison_nonfinite(loss)).backward()
         losses.append(loss.detach())
     return sum(losses)

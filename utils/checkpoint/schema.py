@@ -279,6 +279,7 @@ STATE = record(
         "classes": CLASSES,
         "num_samples": integer(1),
         "preprocessing": PREPROCESSING,
+        "teacher": text(200),
     },
     exact=False,
 )
