@@ -5,6 +5,7 @@ from .checkpoint_compat import from_published, to_published
 from .checks import check_model
 from .forms import accelerate, inference_form
 from .freezing import frozen_parts
+from .resample import fit_weights
 from .strip_mlp import StripMLPNet
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "accelerate",
     "build_model",
     "check_model",
+    "fit_weights",
     "from_published",
     "frozen_parts",
     "inference_form",

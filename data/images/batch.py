@@ -1,28 +1,28 @@
 """What happens to a whole batch on the device: normalisation, random erasing, mixup and cutmix, in this order."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from timm.data import Mixup
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from yacs.config import CfgNode
 
 from data.images.erasing import RandomErasing
-from utils.config import mixes
+from utils.config import mixes, normalisation
 from utils.runtime import seeded_streams
 
 
 class BatchTransform:
     """Make a loader's batch ready for the model.
 
-    uint8 images are normalised with ImageNet's mean and standard deviation (for every data set, as published) and, in
-    training, randomly erased; float images come from the reference pipeline, which has done both. Then, in training,
-    timm's Mixup mixes images and labels; at the end of the run it may only smooth the labels. The global random streams
-    are left alone.
+    uint8 images are normalised with DATA.MEAN and DATA.STD and, in training, randomly erased; float images come from
+    the reference pipeline, which has done both. Then, in training, timm's Mixup mixes images and labels; at the end of
+    the run it may only smooth the labels. The global random streams are left alone.
 
     Args:
         device: where the batch goes.
+        mean, std: of each channel, for pixels from 0 to 1.
         erasing: random erasing, or None.
         mixup: timm's Mixup, or None.
         seed, rank: seed of the run and rank of this process, for mixup.
@@ -36,6 +36,8 @@ class BatchTransform:
         self,
         device: torch.device,
         *,
+        mean: Sequence[float],
+        std: Sequence[float],
         erasing: RandomErasing | None,
         mixup: Mixup | None,
         seed: int,
@@ -49,8 +51,7 @@ class BatchTransform:
         self._seed = seed
         self._rank = rank
         self._mixed_epochs = mixed_epochs
-        self._mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(1, 3, 1, 1)
+        self._mean, self._std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
 
     def __call__(
         self, images: Tensor, targets: Tensor, indices: Tensor, *, epoch: int = 0, update: int = 0
@@ -58,7 +59,7 @@ class BatchTransform:
         """Return (float images, targets) on the device.
 
         Args:
-            images: (B, 3, S, S), uint8 in 0..255 or normalised float; B is even under mixup.
+            images: (B, C, H, W), uint8 in 0..255 or normalised float; B is even under mixup.
             targets: int64 (B,).
             indices: int64 (B,) on the CPU, indices of the samples in their data set.
             epoch: seeds the erasing, together with each index, and says whether to mix.
@@ -99,8 +100,11 @@ def build_batch_transform(
             label_smoothing=config.MODEL.LABEL_SMOOTHING,
             num_classes=config.MODEL.NUM_CLASSES,
         )
+    mean, std = normalisation(config)
     return BatchTransform(
         torch.device(device),
+        mean=mean,
+        std=std,
         erasing=erasing,
         mixup=mixup,
         seed=config.SEED,

@@ -27,11 +27,44 @@ SMALL = 32  # pixels; up to this size, training pads and crops instead of zoomin
 CROP_RATIO = 256 / 224  # shorter side before the centre crop, relative to the crop
 
 
-def short_side(size: int, *, crop: bool) -> int | None:
-    """Return the shorter side (pixels) of an image before the centre crop; None: both sides become ``size``, no crop.
+def short_side(size: int | tuple[int, int], *, crop: bool) -> int | tuple[int, int] | None:
+    """Return the shorter side (pixels) of an image before the centre crop; None: scaled to ``size`` itself, no crop.
+
+    For a rectangular crop it is the (height, width) that the image has to cover.
 
     Args:
         size: DATA.IMG_SIZE.
         crop: TEST.CROP, without effect on small images.
     """
-    return size if size <= SMALL else int(CROP_RATIO * size) if crop else None
+    if max(as_pair(size)) <= SMALL:
+        return size
+    if not crop:
+        return None
+    return int(CROP_RATIO * size) if isinstance(size, int) else tuple(int(CROP_RATIO * side) for side in size)
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return a size, such as DATA.IMG_SIZE, as (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def input_shape(config: CfgNode) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that the model takes."""
+    return config.MODEL.STRIP_MLP.IN_CHANS, *as_pair(config.DATA.IMG_SIZE)
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green, blue
+
+
+def normalisation(config: CfgNode) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel: DATA.MEAN and DATA.STD, with one value repeated.
+
+    Images that are not RGB get the average of ImageNet's values, as in timm, unless the keys say otherwise.
+    """
+    channels = config.MODEL.STRIP_MLP.IN_CHANS
+    both = []
+    for values, rgb in ((config.DATA.MEAN, IMAGENET_MEAN), (config.DATA.STD, IMAGENET_STD)):
+        if channels != len(rgb) and tuple(values) == rgb:
+            values = (sum(rgb) / len(rgb),)
+        both.append(tuple(values) * channels if len(values) == 1 else tuple(values))
+    return tuple(both)
