@@ -63,6 +63,8 @@ def load_teacher(
         )
     digest = payload_digest(dict(model.state_dict()), tensor_crc)
     ours = metadata["preprocessing"]
+    if len(theirs["mean"]) != len(ours["mean"]):  # timm knows the statistics of RGB alone
+        theirs = {**ours, "img_size": theirs["img_size"]}
     logger.info("teacher: %s, weights %s, %s", path or distill.TIMM_NAME, digest[:24], distill.KIND)
     if theirs["img_size"] not in (None, ours["img_size"]):
         logger.info("the teacher sees the images at %s instead of %s pixels", theirs["img_size"], ours["img_size"])
