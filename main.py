@@ -22,11 +22,12 @@ from yacs.config import CfgNode
 
 import main_eval
 from data import build_batch_transform, build_train_loader, build_val_loader, check_data, check_transform
-from models import accelerate, build_model, check_model, fit_weights, from_published
+from models import accelerate, build_model, check_model, fit_weights, from_published, frozen_parts
 from utils.checkpoint import (
     BEST,
     CheckpointStore,
     checkpoint_metadata,
+    load_teacher,
     load_weights,
     starting_point,
     warn_preprocessing,
@@ -117,6 +118,8 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     val_loader = build_val_loader(config, device=run.device)
     check_data(config, loader.dataset, val_loader.dataset)
     transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank)
+    metadata = checkpoint_metadata(config, loader.dataset.classes, len(loader.dataset))
+    teacher = load_teacher(config, run.device, metadata, build=build_model, remap=from_published)
     logger.info(
         "data: %s, %d training and %d validation samples in %d classes",
         config.DATA.DATASET,
@@ -133,9 +136,10 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
         transform=transform,
         val_transform=build_batch_transform(config, is_train=False, device=run.device, rank=run.rank),
         criterion=build_criterion(config, soft_targets=transform.mixes),
+        teacher=teacher,
         store=CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP),
         stop=stop,
-        metadata=checkpoint_metadata(config, loader.dataset.classes, len(loader.dataset)),
+        metadata=metadata if teacher is None else {**metadata, "teacher": teacher.digest},
     )
 
 
@@ -152,6 +156,8 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
         ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
     parameters = sum(p.numel() for p in model.parameters())
     logger.info("model: %s, %s parameters, %s", config.MODEL.NAME, f"{parameters:,}", precision.description)
+    if config.TRAIN.FREEZE != "none":
+        logger.info("frozen, TRAIN.FREEZE %s: %s", config.TRAIN.FREEZE, ", ".join(frozen_parts(model)))
     logger.info(
         "update: %d images (%d x %d process(es) x %d), %d updates per epoch, learning rate %g",
         global_batch_size(config, run.world_size),
@@ -213,7 +219,7 @@ def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: 
         state.means = RunningMeans(run.device)
     model.train()
     for group in timer.fetched(update_groups(session, state)):
-        lr = state.optimizer.param_groups[0]["lr"]
+        lr = state.learning_rate
         state.guard.begin(update_record(progress, group))
         loss = accumulate_gradients(model, group, progress, session)
         state.scaler.unscale_(state.optimizer)
@@ -247,7 +253,7 @@ def accumulate_gradients(
         model: the wrapped model.
         group: the micro-batches.
         progress: before the update.
-        objective: batch transform, criterion and precision.
+        objective: batch transform, loss and precision.
     """
     losses = []
     for number, (images, targets, indices) in enumerate(group):
@@ -261,7 +267,7 @@ def accumulate_gradients(
         last = number == len(group) - 1
         with nullcontext() if last else model.no_sync():
             with objective.precision.autocast():
-                loss = objective.criterion(model(images), targets) / len(group)
+                loss = objective.loss(model(images), targets, images) / len(group)
             objective.precision.scaler.scale(poison_nonfinite(loss)).backward()
         losses.append(loss.detach())
     return sum(losses)
@@ -299,7 +305,7 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
         row = {
             "epoch": epoch,
             "step": progress.global_step,
-            "lr": state.optimizer.param_groups[0]["lr"],
+            "lr": state.learning_rate,
             **row,
             "skipped": state.guard.reported,
             "bad_images": bad_images,

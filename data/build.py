@@ -41,7 +41,12 @@ def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageL
     dataset = build_dataset(config, is_train=True)
     batch_size = config.DATA.BATCH_SIZE
     sampler = TrainSampler(
-        len(dataset), batch_size=batch_size, seed=config.SEED, rank=get_rank(), world_size=get_world_size()
+        len(dataset),
+        batch_size=batch_size,
+        seed=config.SEED,
+        rank=get_rank(),
+        world_size=get_world_size(),
+        repeats=config.AUG.REPEATS,
     )
     return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 

@@ -26,7 +26,8 @@ class ImageDataset(Dataset):
     """Transformed images of a source, with label and index.
 
     A key ``(epoch, index)`` seeds Python's, numpy's and torch's streams from ``(seed, epoch, index)`` before loading
-    and transforming, and puts them back afterwards; a plain index, for evaluation, leaves them alone.
+    and transforming, and puts them back afterwards; a plain index, for evaluation, leaves them alone. Under repeated
+    augmentation, an index of N and more is that of a further sample of image ``index % N``, with a seed of its own.
 
     Args:
         source: where the images come from.
@@ -70,11 +71,12 @@ class ImageDataset(Dataset):
             return [self._get_seeded(*key) for key in keys]
 
     def sample_name(self, index: int) -> str:
-        """Return the path of image ``index``, or a name such as ``digits[17]``."""
-        return self.source.name(index)
+        """Return the path of the image of sample ``index``, or a name such as ``digits[17]``."""
+        return self.source.name(index % len(self))
 
     def describe(self, index: int) -> str:
-        """Return path, index and class of an image, for messages."""
+        """Return path, index and class of a sample's image, for messages."""
+        index %= len(self)
         target = int(self.targets[index])
         name = repr(self.classes[target]) if 0 <= target < len(self.classes) else f"label {target}"
         return f"{self.sample_name(index)} (index {index}, class {name})"
@@ -92,13 +94,13 @@ class ImageDataset(Dataset):
             except ImageReadError as error:
                 if self._bad is None:
                     raise ImageReadError(f"{error}; DATA.BAD_IMAGES skip trains without them") from error
-                self._note_bad(index, error)
+                self._note_bad(index % len(self), error)
             index = integer_seed(self._seed, epoch, wanted, attempt) % len(self)
         raise ImageReadError(f"{_REPLACEMENT_TRIES} images in a row could not be read, last {self.describe(index)}")
 
     def _get(self, index: int) -> Sample:
         try:
-            image = self.transform(self.source.load(index))
+            image = self.transform(self.source.load(index % len(self)))
         except ImageReadError as error:
             raise ImageReadError(
                 f"cannot read image {self.describe(index)}: {error}. tools/check_data.py lists all such files"
@@ -109,7 +111,7 @@ class ImageDataset(Dataset):
             raise RuntimeError(
                 f"the transform failed on {self.describe(index)}: {error} [{type(error).__name__}]"
             ) from error
-        return image, int(self.targets[index]), index
+        return image, int(self.targets[index % len(self)]), index
 
     def _note_bad(self, index: int, error: ImageReadError) -> None:
         if not self._bad[index]:

@@ -4,6 +4,7 @@ from .build import build_model
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model
 from .forms import accelerate, inference_form
+from .freezing import frozen_parts
 from .resample import fit_weights
 from .strip_mlp import StripMLPNet
 
@@ -14,6 +15,7 @@ __all__ = [
     "check_model",
     "fit_weights",
     "from_published",
+    "frozen_parts",
     "inference_form",
     "to_published",
 ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from torch import nn
 
+from .freezing import freeze, scale_head
 from .strip_mlp import StripMLPNet
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def build_model(config: "CfgNode") -> nn.Module:
     """Return the model that the MODEL keys of the config describe, on the CPU, in training mode.
 
     MODEL.DROP_RATE has an effect only where MODEL.DROP is true; TRAIN.USE_CHECKPOINT switches on activation
-    checkpointing.
+    checkpointing, TRAIN.FREEZE keeps parts from training.
 
     Raises:
         ValueError: if MODEL.TYPE or MODEL.TIMM_NAME is unknown, or the model refuses a value.
@@ -30,6 +31,10 @@ def build_model(config: "CfgNode") -> nn.Module:
     model = builders[config.MODEL.TYPE](config)
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing(True)
+    if config.MODEL.HEAD_INIT_SCALE != 1.0:
+        scale_head(model, config.MODEL.HEAD_INIT_SCALE)
+    if config.TRAIN.FREEZE != "none":
+        freeze(model, config.TRAIN.FREEZE)
     return model
 
 

@@ -98,7 +98,7 @@ def _problem(config: "CfgNode", error: Exception, reason: str) -> str:
             f"TRAIN.USE_CHECKPOINT (--use-checkpoint) is True, but MODEL.TIMM_NAME {config.MODEL.TIMM_NAME} does not "
             "support it; switch it off"
         )
-    if isinstance(error, ValueError) and reason.startswith("MODEL."):
+    if isinstance(error, ValueError) and reason.startswith(("MODEL.", "TRAIN.")):
         return reason
     return f"{_keys(config)} cannot be used: {reason}"
 

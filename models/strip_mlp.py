@@ -211,6 +211,17 @@ class StripMLPNet(nn.Module):
 
         return InferenceStripMLP(self)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return which parameters form a layer, in order, as patterns of their names for timm's ``group_parameters``.
+
+        A layer is the stem, a block (a stage if ``coarse``), or norm and head, which no pattern names. The mergings and
+        skips that make a stage's input belong to its first block.
+        """
+        inputs = (r"^merging\.0", 1), (r"^(?:merging\.1|skip_1_to_3)", 2), (r"^(?:merging\.2|skip_[12]_to_4)", 3)
+        blocks = [(pattern, (stage,) if coarse else (stage, 0)) for pattern, stage in inputs]
+        blocks.append((r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None))
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
     def no_weight_decay(self) -> set[str]:
         """Return the names exempt from weight decay beyond 1-D parameters and biases: none, as published."""
         return set()

@@ -1,5 +1,6 @@
 """What happens to a whole batch on the device: normalisation, random erasing, mixup and cutmix, in this order."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,8 @@ class BatchTransform:
     """Make a loader's batch ready for the model.
 
     uint8 images are normalised with DATA.MEAN and DATA.STD and, in training, randomly erased; float images come from
-    the reference pipeline, which has done both. Then, in training, timm's Mixup mixes images and labels. The global
-    random streams are left alone.
+    the reference pipeline, which has done both. Then, in training, timm's Mixup mixes images and labels; at the end of
+    the run it may only smooth the labels. The global random streams are left alone.
 
     Args:
         device: where the batch goes.
@@ -25,6 +26,7 @@ class BatchTransform:
         erasing: random erasing, or None.
         mixup: timm's Mixup, or None.
         seed, rank: seed of the run and rank of this process, for mixup.
+        mixed_epochs: epochs before images are mixed no more.
 
     Attributes:
         mixes: whether targets come out as class distributions (B, num_classes) instead of labels (B,).
@@ -40,6 +42,7 @@ class BatchTransform:
         mixup: Mixup | None,
         seed: int,
         rank: int,
+        mixed_epochs: float = math.inf,
     ) -> None:
         self.device = device
         self.mixes = mixup is not None
@@ -47,6 +50,7 @@ class BatchTransform:
         self._mixup = mixup
         self._seed = seed
         self._rank = rank
+        self._mixed_epochs = mixed_epochs
         self._mean, self._std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
 
     def __call__(
@@ -58,7 +62,7 @@ class BatchTransform:
             images: (B, C, H, W), uint8 in 0..255 or normalised float; B is even under mixup.
             targets: int64 (B,).
             indices: int64 (B,) on the CPU, indices of the samples in their data set.
-            epoch: seeds the erasing, together with each index.
+            epoch: seeds the erasing, together with each index, and says whether to mix.
             update: number of the optimizer update; seeds the mixing, together with rank, epoch and the first index
                 (so that the batches of one accumulated update are mixed differently).
         """
@@ -72,6 +76,7 @@ class BatchTransform:
                 images = self._erasing(images, indices, epoch=epoch)
         if self._mixup is None:
             return images, targets
+        self._mixup.mixup_enabled = epoch < self._mixed_epochs
         with seeded_streams(self._seed, self._rank, epoch, update, int(indices[0])):
             return self._mixup(images, targets)
 
@@ -97,5 +102,12 @@ def build_batch_transform(
         )
     mean, std = normalisation(config)
     return BatchTransform(
-        torch.device(device), mean=mean, std=std, erasing=erasing, mixup=mixup, seed=config.SEED, rank=rank
+        torch.device(device),
+        mean=mean,
+        std=std,
+        erasing=erasing,
+        mixup=mixup,
+        seed=config.SEED,
+        rank=rank,
+        mixed_epochs=config.TRAIN.EPOCHS - aug.MIXUP_OFF_EPOCHS,
     )

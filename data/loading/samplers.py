@@ -16,21 +16,29 @@ class TrainSampler(Sampler[tuple[int, int]]):
     samples, not of batches, so an interrupted epoch can be continued with another batch size or number of processes
     and still uses no sample twice.
 
+    With ``repeats`` R, each sample of the permutation is followed by R - 1 further ones of the same image, which other
+    ranks take where there are any, and the epoch ends after as many samples as the data set has (repeated augmentation,
+    arXiv 1902.05509, as in DeiT and timm). Sample ``index + r * num_samples`` is repetition r of an image.
+
     Args:
         num_samples: size of the data set.
         batch_size: samples per process and batch.
         seed: seed of the run, the same on all ranks.
         rank, world_size: this process and the number of processes.
+        repeats: samples per image.
 
     Raises:
         ValueError: a size that is not positive, or a rank outside ``[0, world_size)``.
     """
 
-    def __init__(self, num_samples: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        if min(num_samples, batch_size, world_size) < 1 or not 0 <= rank < world_size or seed < 0:
+    def __init__(
+        self, num_samples: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, repeats: int = 1
+    ) -> None:
+        if min(num_samples, batch_size, world_size, repeats) < 1 or not 0 <= rank < world_size or seed < 0:
             raise ValueError(
                 f"TrainSampler needs positive sizes, a non-negative seed and 0 <= rank < world_size; got num_samples="
-                f"{num_samples}, batch_size={batch_size}, seed={seed}, rank={rank}, world_size={world_size}"
+                f"{num_samples}, batch_size={batch_size}, seed={seed}, rank={rank}, world_size={world_size}, "
+                f"repeats={repeats}"
             )
         self.num_samples = num_samples
         self.global_batch = batch_size * world_size
@@ -38,6 +46,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.repeats = repeats
         self.epoch = 0
         self.samples_seen = 0
 
@@ -67,6 +76,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(integer_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_samples, generator=generator)
+        order = (order[:, None] + self.num_samples * torch.arange(self.repeats)).flatten()[: self.num_samples]
         remaining = order[self.samples_seen :][: len(self) * self.world_size]
         epoch = self.epoch
         for index in remaining[self.rank :: self.world_size].tolist():

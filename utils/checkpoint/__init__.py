@@ -12,6 +12,7 @@ from utils.checkpoint.resume import (
     warn_preprocessing,
 )
 from utils.checkpoint.store import BEST, LAST, CheckpointStore
+from utils.checkpoint.teacher import load_teacher
 from utils.checkpoint.weights import load_weights, weight_options
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "class_columns",
     "CheckpointStore",
     "LAST",
+    "load_teacher",
     "load_weights",
     "read_training_state",
     "resolve_source",

@@ -13,7 +13,7 @@ from utils.checkpoint.files import first_nonfinite, load_checkpoint
 from utils.checkpoint.schema import SchemaFault, check_state, fitting
 from utils.errors import CheckpointError
 from utils.runtime import gather_objects, get_rank, get_world_size, random_state, set_random_state
-from utils.training import Progress, TrainState, averaged_batchnorm, batchnorm_buffers
+from utils.training import Progress, TrainState, averaged_batchnorm, batchnorm_buffers, is_fused, kept_state
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
     state.model.load_state_dict(payload["model"])
     if state.ema is not None:
         state.ema.module.load_state_dict(payload["ema"])
-    _load_moments(state.optimizer, payload["optimizer"]["state"])
+    _load_moments(state.optimizer, payload["optimizer"])
     if payload["scaler"]:
         state.scaler.load_state_dict(payload["scaler"])
     state.guard.load_state_dict(payload["guard"])
@@ -191,22 +191,27 @@ def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any], path: Path) ->
         raise CheckpointError(f"{path} was saved with another optimizer; set TRAIN.OPTIMIZER as in that run")
 
 
-def _load_moments(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+def _load_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Give the optimizer its moments back, each in memory of its own, laid out as its parameter; it keeps its settings.
 
-    The fused kernels go through parameter and moments by address, whatever their strides.
+    The fused kernels go through parameter and moments by address, whatever their strides. Some optimizers count their
+    updates among the settings of a group; these counts come from the file too.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         index: {
             name: torch.empty_like(parameters[index]).copy_(value)
-            if torch.is_tensor(value) and name != "step"
+            if torch.is_tensor(value) and value.shape == parameters[index].shape and name != "step"
             else value
             for name, value in entries.items()
         }
-        for index, entries in saved.items()
+        for index, entries in saved["state"].items()
     }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    counters = [] if is_fused(optimizer) else kept_state(optimizer)[1]
+    for group, names, theirs in zip(groups, counters, saved["param_groups"], strict=False):
+        group.update({name: theirs[name] for name in names if name in theirs})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from utils.training import Progress, TrainState, batchnorm_buffers
+from utils.training import Progress, TrainState, batchnorm_buffers, is_fused, kept_state
 
 Check = Callable[[Any, str], None]
 MAX_CONFIG = 2**16  # characters; ours have about 4,000
@@ -279,6 +279,7 @@ STATE = record(
         "classes": CLASSES,
         "num_samples": integer(1),
         "preprocessing": PREPROCESSING,
+        "teacher": text(200),
     },
     exact=False,
 )
@@ -327,8 +328,14 @@ def fitting(state: TrainState, global_step: int) -> Check:
     """
     live = state.optimizer.state_dict()["param_groups"]
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    moments = record({index: _moments(state.optimizer, p, global_step) for index, p in enumerate(parameters)})
-    if global_step == 0 or state.optimizer.defaults.get("momentum") == 0:
+    if is_fused(state.optimizer):
+        moments = record({index: _moments(state.optimizer, p, global_step) for index, p in enumerate(parameters)})
+        counters, may_be_empty = [{}] * len(live), global_step == 0 or state.optimizer.defaults.get("momentum") == 0
+    else:
+        kept, counters = kept_state(state.optimizer)
+        moments = record({index: record(_kinds(entries)) for index, entries in kept.items()})
+        may_be_empty = True  # it is not called in updates that are skipped
+    if may_be_empty:
         moments = either(record({}), moments)
     buffers = {"buffers": _buffers(state.model)}
     if state.ema is not None:
@@ -337,6 +344,8 @@ def fitting(state: TrainState, global_step: int) -> Check:
     def order(value: Any, name: str) -> None:
         if [group["params"] for group in value] != [group["params"] for group in live]:
             raise SchemaFault(f"{name} lists the parameters in another order")
+        for index, (group, counts) in enumerate(zip(value, counters, strict=True)):
+            record({}, optional=_kinds(counts), exact=False)(group, f"{name}[{index}]")
 
     return record(
         {
@@ -366,6 +375,17 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor, global_step: i
     if defaults["momentum"]:
         return record({"momentum_buffer": like(parameter)})
     return record({}, optional={"momentum_buffer": nothing})
+
+
+def _kinds(entries: dict[str, Any]) -> dict[str, Check]:
+    """Return a check for each entry that it is of the kind that it is here."""
+
+    def kind(value: Any) -> Check:
+        if isinstance(value, Tensor):
+            return like(value)
+        return boolean if isinstance(value, bool) else number()
+
+    return {name: kind(value) for name, value in entries.items()}
 
 
 def _update_count(most: int) -> Check:

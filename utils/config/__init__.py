@@ -18,7 +18,7 @@ from utils.config.facts import (
 from utils.config.keys import default_config, require_known_key
 from utils.config.loading import load_config, parse_config, run_folder
 from utils.config.recipe import config_notices, recipe_deviations, recipe_differences
-from utils.config.values import expand_path
+from utils.config.values import expand_path, read_arguments
 
 __all__ = [
     "CIFAR_DATASETS",
@@ -38,6 +38,7 @@ __all__ = [
     "odd_batch_problem",
     "parse",
     "parse_config",
+    "read_arguments",
     "recipe_deviations",
     "recipe_differences",
     "require_known_key",

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from utils.config.facts import FOLDER_DATASETS, as_pair, normalisation, odd_batch_problem
 from utils.config.keys import KEYS, flatten, value_of
 from utils.config.policy import policy_problem
+from utils.config.values import read_arguments
 
 FAST_RESIZES = ("bicubic", "bilinear")  # DATA.INTERPOLATION with DATA.FAST_RESIZE: what torch shrinks without aliasing
 STAGE_STRIDE = 8  # the three merges between the four stages halve the map each
@@ -134,6 +135,17 @@ def _check_training(config: CfgNode) -> Iterator[Problem]:
                 (f"TRAIN.{key}", "TRAIN.BASE_LR"),
                 f"TRAIN.{key} is {train[key]:g}, larger than TRAIN.BASE_LR, which is {train.BASE_LR:g}",
             )
+    try:
+        read_arguments(train.OPTIMIZER.OPTIONS)
+    except ValueError as error:
+        yield Problem(("TRAIN.OPTIMIZER.OPTIONS",), f"TRAIN.OPTIMIZER.OPTIONS: {error}")
+    distill = train.DISTILL
+    if distill.KIND != "none" and not (distill.TEACHER or distill.TIMM_NAME):
+        yield Problem(
+            ("TRAIN.DISTILL.KIND",),
+            f"TRAIN.DISTILL.KIND is {distill.KIND}, but there is no teacher: give its checkpoint in "
+            "TRAIN.DISTILL.TEACHER, or its name in timm in TRAIN.DISTILL.TIMM_NAME",
+        )
 
 
 def _check_augmentation(config: CfgNode) -> Iterator[Problem]:
@@ -150,6 +162,11 @@ def _check_augmentation(config: CfgNode) -> Iterator[Problem]:
             ("DATA.INTERPOLATION", "AUG.AUTO_AUGMENT"),
             "DATA.INTERPOLATION is lanczos, with which the operations of AUG.AUTO_AUGMENT cannot rotate or shear; take "
             "bicubic, bilinear or nearest, or AUG.AUTO_AUGMENT none",
+        )
+    if aug.MIXUP_OFF_EPOCHS > config.TRAIN.EPOCHS:
+        yield Problem(
+            ("AUG.MIXUP_OFF_EPOCHS", "TRAIN.EPOCHS"),
+            f"AUG.MIXUP_OFF_EPOCHS is {aug.MIXUP_OFF_EPOCHS}, more than TRAIN.EPOCHS, which is {config.TRAIN.EPOCHS}",
         )
     for key in ("SCALE", "RATIO", "CUTMIX_MINMAX"):
         low, high = aug[key] or (0.0, 0.0)

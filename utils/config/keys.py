@@ -106,6 +106,15 @@ NO_PATCH_NORM = Idle("the network has no norm after the patch embedding, as publ
 AUTO_AUGMENT_ON = Idle("AUG.AUTO_AUGMENT takes its place", lambda config: config.AUG.AUTO_AUGMENT not in ("", "none"))
 MIXING_OFF = Idle("mixup and cutmix are off", lambda config: not mixes(config))
 TIMM = when("MODEL.TYPE", "timm")
+NO_TEACHER = when("TRAIN.DISTILL.KIND", "none")
+OWN_OPTIMIZER = Idle(
+    "TRAIN.OPTIMIZER.NAME is adamw or sgd", lambda config: config.TRAIN.OPTIMIZER.NAME in ("adamw", "sgd")
+)
+# Those of timm that the tests train, interrupt and resume; adamw and sgd are PyTorch's.
+OPTIMIZERS = (
+    "adamw|sgd|adabelief|adam|adamp|adan|adopt|adoptw|lamb|lambc|laprop|larc|lars|lion|madgrad|mars|muon|nadam|nadamw|"
+    "novograd|radam|rmsprop|rmsproptf|sgdp|sgdw"
+)
 
 # A table: each row is one line, or two where it is long.
 # fmt: off
@@ -165,6 +174,8 @@ _ROWS = (
         "[1, 1000]", idle_when=TIMM),
     Key("MODEL.PATCH_NORM", True, "accepted because published config files hold it",
         affects="nothing", idle_when=NO_PATCH_NORM),
+    Key("MODEL.HEAD_INIT_SCALE", 1.0, "factor on the initial weights of the head; small = start from an even guess",
+        "(0, 1000]", ours=True),
     Key("MODEL.LABEL_SMOOTHING", 0.1, "probability mass spread over all classes", "[0, 1)"),
     Key("MODEL.STRIP_MLP.PATCH_SIZE", 4, "side of a patch of the stem, pixels", "[1, 1024]", idle_when=TIMM),
     Key("MODEL.STRIP_MLP.IN_CHANS", 3, "channels of the images: 3 = RGB, 1 = grey, others as they are stored",
@@ -196,11 +207,33 @@ _ROWS = (
         "(0, 1]", idle_when=unless("TRAIN.LR_SCHEDULER.NAME", "step")),
     Key("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", False, "count the decay from the end of warm-up, as linear always does",
         idle_when=when("TRAIN.LR_SCHEDULER.NAME", "linear"), ours=True),
-    Key("TRAIN.OPTIMIZER.NAME", "adamw", "adamw, or sgd with Nesterov momentum", "adamw|sgd"),
-    Key("TRAIN.OPTIMIZER.EPS", 1e-8, "epsilon of AdamW", "(0, 1]", idle_when=when("TRAIN.OPTIMIZER.NAME", "sgd")),
+    Key("TRAIN.OPTIMIZER.NAME", "adamw", "adamw, sgd with Nesterov momentum, or one of timm's", OPTIMIZERS),
+    Key("TRAIN.OPTIMIZER.EPS", 1e-8, "epsilon of AdamW", "(0, 1]", idle_when=unless("TRAIN.OPTIMIZER.NAME", "adamw")),
     Key("TRAIN.OPTIMIZER.BETAS", (0.9, 0.999), "AdamW's decay of the two moments",
-        "[0, 1)", idle_when=when("TRAIN.OPTIMIZER.NAME", "sgd")),
-    Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, "momentum of SGD", "[0, 1)", idle_when=when("TRAIN.OPTIMIZER.NAME", "adamw")),
+        "[0, 1)", idle_when=unless("TRAIN.OPTIMIZER.NAME", "adamw")),
+    Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, "momentum of SGD", "[0, 1)", idle_when=unless("TRAIN.OPTIMIZER.NAME", "sgd")),
+    Key("TRAIN.OPTIMIZER.OPTIONS", "", "arguments of timm's optimizer, such as eps=1e-8, caution=True; else its own",
+        idle_when=OWN_OPTIMIZER, ours=True),
+    Key("TRAIN.LAYER_DECAY", 1.0, "factor on the learning rate from a block to the one before it; 1 = the same in all",
+        "(0, 1]", ours=True),
+    Key("TRAIN.FREEZE", "none", "what keeps its weights, in evaluation mode: the stem, the stages up to N with it, or "
+        "all but the classifier", "none|stem|stages1|stages2|stages3|stages4|head_only", ours=True),
+    Key("TRAIN.LOSS.NAME", "ce", "cross-entropy over the classes, or binary cross-entropy of each class",
+        "ce|bce", ours=True),
+    Key("TRAIN.LOSS.BCE_THRESHOLD", 0.0, "a target above it counts as 1, any other as 0; 0 = targets as they are",
+        "[0, 1)", idle_when=unless("TRAIN.LOSS.NAME", "bce"), ours=True),
+    Key("TRAIN.LOSS.BCE_SUM", False, "sum over the classes instead of their mean",
+        idle_when=unless("TRAIN.LOSS.NAME", "bce"), ours=True),
+    Key("TRAIN.DISTILL.KIND", "none", "learn from a teacher: its scores (soft) or the class that it chooses (hard)",
+        "none|soft|hard", ours=True),
+    Key("TRAIN.DISTILL.TEACHER", "", "checkpoint of the teacher; compared by its weights when a run is resumed",
+        affects="nothing", idle_when=NO_TEACHER, ours=True, is_path=True),
+    Key("TRAIN.DISTILL.TIMM_NAME", "", "the teacher's name in timm, where its file is not ours; without a file, the "
+        "released weights", idle_when=NO_TEACHER, ours=True),
+    Key("TRAIN.DISTILL.WEIGHT", 0.5, "share of the teacher in the loss; the labels have the rest",
+        "[0, 1]", idle_when=NO_TEACHER, ours=True),
+    Key("TRAIN.DISTILL.TEMPERATURE", 1.0, "divides the scores of both before they are compared",
+        "(0, 1000]", idle_when=unless("TRAIN.DISTILL.KIND", "soft"), ours=True),
     Key("TRAIN.LR_SCALING", "none", "multiply the three rates by (images per update / 512), or by its square root",
         "none|linear|sqrt", ours=True),
     Key("TRAIN.AMP", "off", "mixed precision; auto = bf16 where the device computes in it natively, else off",
@@ -241,6 +274,10 @@ _ROWS = (
         "[0, 1]", idle_when=MIXING_OFF),
     Key("AUG.MIXUP_MODE", "batch", "images that share one mixing ratio: a batch, a pair, or none",
         "batch|pair|elem", idle_when=MIXING_OFF),
+    Key("AUG.MIXUP_OFF_EPOCHS", 0, "epochs at the end of the run without mixup and cutmix",
+        "[0, 1000000]", idle_when=MIXING_OFF, ours=True),
+    Key("AUG.REPEATS", 1, "differently augmented copies of an image in an epoch, which has as many fewer images",
+        "[1, 1000]", ours=True),
     # timm's own values, which the published run used
     Key("AUG.HFLIP", 0.5, "probability of mirroring left and right", "[0, 1]", ours=True),
     Key("AUG.SCALE", (0.08, 1.0), "least and largest share of the image's area that the training crop covers",

@@ -4,6 +4,7 @@ YAML and the command line go through the same rules. YAML's own guesses are not 
 would be False, ``1e-4`` text, ``2024-01-01`` a date.
 """
 
+import ast
 import os
 import re
 import reprlib
@@ -66,6 +67,21 @@ def expand_path(text: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{reprlib.repr(text)}: {expanded.split('/')[0]} is not the home folder of a known user")
     return expanded
+
+
+def read_arguments(text: str) -> dict[str, Any]:
+    """Return the arguments in a text such as ``eps=1e-6, betas=(0.9, 0.99)``; nothing in it is executed.
+
+    Raises:
+        ValueError: the text is not a list of names with plain values.
+    """
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if isinstance(call, ast.Call) and not call.args and all(word.arg for word in call.keywords):
+            return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        pass  # the message below says what was expected
+    raise ValueError(f"{reprlib.repr(text)} is not a list such as eps=1e-8, caution=True")
 
 
 def in_interval(number: float, interval: str) -> bool:

@@ -1,12 +1,13 @@
 """What trains and is measured: optimizer, schedule, losses, precision, evaluation, records."""
 
 from utils.training.batchnorm import averaged_batchnorm, batchnorm_buffers
+from utils.training.distillation import Teacher
 from utils.training.evaluation import EvalResult, evaluate, measure_throughput
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion
 from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.training.meters import RunningMeans, UpdateTimer
-from utils.training.optimizer import build_optimizer
+from utils.training.optimizer import build_optimizer, is_fused, kept_state
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.precision import Precision, build_precision
 from utils.training.records import epoch_row, log_updates, record_epoch, trim_metrics
@@ -26,6 +27,8 @@ __all__ = [
     "EvalResult",
     "evaluate",
     "global_batch_size",
+    "is_fused",
+    "kept_state",
     "log_updates",
     "measure_throughput",
     "NonFiniteGuard",
@@ -35,6 +38,7 @@ __all__ = [
     "record_epoch",
     "RunningMeans",
     "scaled_learning_rates",
+    "Teacher",
     "TrainState",
     "trim_metrics",
     "UpdateTimer",

@@ -1,7 +1,8 @@
 """Non-finite losses and gradients: the update is skipped on all processes and leaves no trace.
 
 The decision is made on the device and reaches the optimizer as its ``found_inf`` tensor, which the fused kernels read,
-so that a healthy update never waits for the host. BatchNorm's running statistics, which the forward pass has already
+so that a healthy update never waits for the host; an optimizer without them (timm's) is only called after the host has
+read the decision. BatchNorm's running statistics, which the forward pass has already
 moved, are put back in the same way. A non-finite loss is turned into non-finite gradients (``poison_nonfinite``), which
 the all-reduce of the gradients carries to every process: the gradient norm then tells all of them the same thing,
 without a collective of its own.
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from utils.errors import NonFiniteError
 from utils.training.batchnorm import BufferBackup, batchnorm_buffers
+from utils.training.optimizer import is_fused
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class NonFiniteGuard:
         """Step the optimizer, or leave everything as it was if ``grad_norm`` is not finite.
 
         Args:
-            optimizer: a fused optimizer; it sees the decision as ``found_inf``.
+            optimizer: where it is fused, it sees the decision as ``found_inf``, else it is not called.
             scaler: its ``unscale_`` has been called on ``optimizer``; ``update`` is called here.
             grad_norm: norm of the unscaled gradients after the all-reduce, hence equal on all processes.
             loss: this process's loss, kept with the norm in the update's record.
@@ -70,9 +72,12 @@ class NonFiniteGuard:
         """
         self.history[-1].update(loss=loss, grad_norm=grad_norm)  # they stay on the device: no wait for their values
         bad = ~torch.isfinite(grad_norm)
-        optimizer.found_inf = bad.to(torch.float32)
-        optimizer.step()
-        del optimizer.found_inf
+        if is_fused(optimizer):
+            optimizer.found_inf = bad.to(torch.float32)
+            optimizer.step()
+            del optimizer.found_inf
+        elif not bad:  # waits for the device
+            optimizer.step()
         scaler.update()
         self._backup.restore_where(bad)
         self._total += bad

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from utils.training.guard import NonFiniteGuard
 from utils.training.meters import RunningMeans
+from utils.training.optimizer import learning_rate
 
 
 @dataclass
@@ -47,3 +48,8 @@ class TrainState:
     def eval_model(self) -> nn.Module:
         """Return the model that is evaluated and ranked: the averaged weights where there are any."""
         return self.model if self.ema is None else self.ema.module
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next update, before what ``TRAIN.LAYER_DECAY`` takes off it."""
+        return learning_rate(self.optimizer)
