@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import sys
+import urllib.error
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -401,9 +402,20 @@ def test_network_source(network, good):
 
 
 def test_network_source_with_other_content(network, tmp_path):
-    with pytest.raises(CheckpointError, match="cannot download https://example.org/a.pth: invalid hash"):
+    with pytest.raises(
+        CheckpointError, match="cannot download https://example.org/a.pth: invalid hash.* #sha256= is wrong"
+    ):
         resolve_source("https://example.org/a.pth#sha256=" + 64 * "0")
     assert list((tmp_path / "home").rglob("*.pth")) == []
+
+
+def test_network_source_without_a_network(network, monkeypatch):
+    def unreachable(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(CheckpointError, match="no route to host.*; check the address, or fetch the file elsewhere"):
+        resolve_source("https://example.org/a.pth#sha256=" + 64 * "0")
 
 
 def test_first_nonfinite():

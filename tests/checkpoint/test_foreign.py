@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models import from_published
 from tests.builders import tiny_network
-from utils.checkpoint import load_weights
+from utils.checkpoint import load_weights, read_training_state
 from utils.checkpoint.files import load_checkpoint, verify_checkpoint
 from utils.errors import CheckpointError
 
@@ -102,7 +102,10 @@ def test_what_lies_next_to_the_weights_does_no_harm(path, weights, monkeypatch, 
     )
     monkeypatch.setattr(Refuses, "allowed", False)
     assert same(load(path)[0], weights)
-    with pytest.raises(CheckpointError, match="asks to import"):  # no file of ours: there nothing is replaced
+    with pytest.raises(CheckpointError, match="was not written by this project .* start from its weights with --pretr"):
+        read_training_state(path)
+    torch.save({"args": COMPANIONS[kind], "state_dict": weights, "digest": "sha256-of-crc32:0"}, path)
+    with pytest.raises(CheckpointError, match="asks to import"):  # a file of ours: there nothing is replaced
         verify_checkpoint(path)
 
 

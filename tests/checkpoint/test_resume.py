@@ -9,7 +9,7 @@ import torch
 
 from data.images.transforms import build_transform
 from tests.builders import config_with
-from utils.checkpoint.resume import check_continuation, checkpoint_metadata, warn_preprocessing
+from utils.checkpoint.resume import check_continuation, checkpoint_metadata, class_columns, warn_preprocessing
 from utils.errors import CheckpointError
 
 PATH = Path("run/checkpoint_last.pth")
@@ -98,6 +98,25 @@ def test_the_preprocessing_that_is_stored_is_what_evaluation_does(keys: dict[str
     transform = build_transform(config_with(**keys), is_train=False)
     assert (stored["crop"], stored["short_side"]) == expected
     assert transform.short_side == expected[1]
+
+
+def test_older_files_of_small_images_say_what_evaluation_does(caplog) -> None:
+    saved = payload(DATA__IMG_SIZE=32, TEST__CROP=False)
+    del saved["preprocessing"]["short_side"]
+    saved["preprocessing"]["crop"] = False  # the key's value, which has no effect up to 32 pixels
+    warn_preprocessing(config_with(DATA__IMG_SIZE=32, TEST__CROP=False), saved, PATH)
+    assert not caplog.records
+    saved["preprocessing"]["img_size"] = 64
+    warn_preprocessing(config_with(DATA__IMG_SIZE=64), saved, PATH)
+    assert "preprocessing crop" in caplog.text
+
+
+def test_classes_known_by_number_alone_are_refused_with_a_way_out() -> None:
+    numbers = ("0", "1", "2")
+    with pytest.raises(CheckpointError, match="class 0 is '0' there and 'cat' here.*links to yours will do"):
+        check(payload(numbers))
+    with pytest.raises(CheckpointError, match="class 0 is 'cat' there and '0' here.*write their names into the map"):
+        class_columns(numbers, payload(), PATH, 3)
 
 
 def test_a_timm_model_that_expects_other_images_is_warned_of_once(caplog) -> None:

@@ -88,6 +88,26 @@ def test_the_classifier_may_be_replaced_but_nothing_else(path: Path) -> None:
         load_weights(model, str(path), remap=unchanged, replace_head=True)
 
 
+@pytest.mark.parametrize("entries", ({}, {"classes": ["a", "b"]}), ids=("no names", "names"))
+def test_a_classifier_kept_without_class_names_is_logged(path: Path, caplog, entries: dict) -> None:
+    caplog.set_level("INFO")
+    write(path, **entries)
+    load_weights(Network(), str(path), remap=unchanged, replace_head=True, classes=["a", "b"])
+    kept = "the classifier (head.bias, head.weight) is kept from the file, which holds no class names"
+    assert (kept in caplog.text) == (not entries)
+
+
+def test_a_mismatch_names_the_config_of_the_run(path: Path) -> None:
+    write(path)
+    with pytest.raises(CheckpointError) as without:
+        load_weights(Network(classes=5), str(path), remap=unchanged)
+    config = path.with_name("config.yaml")
+    config.touch()
+    with pytest.raises(CheckpointError, match=f"--cfg {config}"):
+        load_weights(Network(classes=5), str(path), remap=unchanged)
+    assert "--cfg" not in str(without.value)
+
+
 def test_nothing_in_common(path: Path) -> None:
     torch.save({"model": {"other": torch.ones(2)}}, path)
     with pytest.raises(CheckpointError, match="is it a checkpoint of another architecture"):

@@ -99,6 +99,12 @@ def test_local_rank_in_both_spellings(cfg, spelling, form):
     assert parse([*form.format(spelling).split(), "--cfg", cfg])[0].local_rank == 1
 
 
+@pytest.mark.parametrize("value", ("-1", "-1e-4", "-.5", "-1.5E+3", "-inf"))
+def test_negative_numbers_after_opts_are_values(cfg, capsys, value):
+    message = stopped(capsys, "--cfg", cfg, "--opts", "TRAIN.BASE_LR", value, "TRAIN.EPOCHS", "3")
+    assert f"TRAIN.BASE_LR is {float(value)}" in message
+
+
 def test_flags_that_are_not_keys(cfg):
     args, _ = parse(["--cfg", cfg, "--allow-change", "TRAIN.EPOCHS", "--allow-change", "SEED", "--weights", "ema"])
     assert (args.allow_change, args.weights) == (["TRAIN.EPOCHS", "SEED"], "ema")

@@ -83,6 +83,14 @@ def test_signal_before_the_first_update(starter, reference, tmp_path, number):
     assert_same_state(job.folder / LAST, reference())
 
 
+def test_signal_to_one_process_before_the_first_update(starter, tmp_path):
+    """A signal to one of two processes while they are being built: both end as stopped, none as failed."""
+    job = starter.run(out=tmp_path, world=2, faults=[("signal_at_start", {"number": signal.SIGTERM, "rank": 1})])
+    assert job.codes == [128 + signal.SIGTERM] * 2, job.text()
+    assert job.status()["state"] == "preempted"
+    assert "ERROR" not in job.text()
+
+
 @SLOW
 def test_every_update_a_stop(starter, reference, tmp_path):
     """Stopped after every single update, at two processes: same state as uninterrupted."""

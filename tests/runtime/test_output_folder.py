@@ -44,3 +44,22 @@ def test_a_disk_too_small_for_one_checkpoint(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert re.search(r"a checkpoint takes about \d+ MB, but .* has 0 MB free", text)
     assert "epoch 1/" not in text
+
+
+def test_a_folder_in_the_place_of_the_log_is_set_aside(tmp_path, capsys):
+    tiny = TinyRun(tmp_path)
+    log = tiny.output / "tiny" / "default" / "log_rank0.txt"
+    log.mkdir(parents=True)
+    tiny.train("--epochs", 1)
+    assert "log_rank0.txt cannot be used and is now log_rank0.txt.aside" in capsys.readouterr().out
+    assert "INFO" in log.read_text()
+
+
+def test_a_log_that_cannot_be_written_is_done_without(tmp_path, capsys):
+    tiny = TinyRun(tmp_path)
+    log = tiny.output / "tiny" / "default" / "log_rank0.txt"
+    log.parent.mkdir(parents=True)
+    log.symlink_to(tmp_path / "missing" / "log.txt")
+    folder = tiny.train("--epochs", 1)
+    assert json.loads((folder / "status.json").read_text())["state"] == "completed"
+    assert "log_rank0.txt could not be written" in capsys.readouterr().out

@@ -118,8 +118,13 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool
 def _contents(archive: Archive, map_location: str, *, strict: bool) -> dict[str, Any]:
     """Return the values of an opened archive, after comparing them with its digest."""
     path, tree = archive.path, archive.tree
-    strict = strict or (isinstance(tree, dict) and _DIGEST in tree)  # ours: it names no classes
-    refused = sorted(archive.unknown) if strict else refused_names(archive.unknown)
+    ours = isinstance(tree, dict) and _DIGEST in tree  # ours name no classes
+    refused = sorted(archive.unknown) if ours else refused_names(archive.unknown)
+    if strict and archive.unknown and not refused:
+        raise CheckpointError(
+            f"{path} was not written by this project (it holds {', '.join(sorted(archive.unknown))}) and cannot be "
+            "resumed; start from its weights with --pretrained"
+        )
     if refused:
         raise CheckpointError(
             f"{path} was not opened: it asks to import {', '.join(refused)}, which could run code on "
@@ -250,8 +255,14 @@ def resolve_source(source: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"cannot download {url}: {error}") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot download {url}: {error}; check the address, or fetch the file elsewhere and give its path"
+            ) from error
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"cannot download {url}: {error}; there is another file now, or #sha256= is wrong"
+            ) from error
     if sha256(path) != digest:
         raise CheckpointError(f"{path} does not have the checksum {digest}; delete it to download it again")
     return path

@@ -1,6 +1,7 @@
 """Where a run starts: what a checkpoint says about itself, and whether this run may continue it."""
 
 import logging
+import math
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from yacs.config import CfgNode
 from utils.checkpoint.files import resolve_source
 from utils.checkpoint.schema import CLASSES, PREPROCESSING, Check, SchemaFault
 from utils.checkpoint.store import CheckpointStore, step_inside
-from utils.config import CROP_RATIO, dump_config, normalisation, parse_config, recipe_differences, short_side
+from utils.config import CROP_RATIO, SMALL, dump_config, normalisation, parse_config, recipe_differences, short_side
 from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,25 @@ def check_classes(classes: Sequence[str], payload: dict[str, Any], path: Path | 
     else:
         index = next(i for i, (a, b) in enumerate(zip(theirs, classes, strict=True)) if a != b)
         what = f"class {index} is {theirs[index]!r} there and {classes[index]!r} here"
-    raise CheckpointError(f"the data set's classes are not the ones of {path}: {what}")
+    raise CheckpointError(
+        f"the data set's classes are not the ones of {path}: {what}{_numbers_advice(theirs, classes)}"
+    )
+
+
+def _numbers_advice(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Return what to do where one of two lists of classes holds numbers in the place of names."""
+    if _are_numbers(theirs) and not _are_numbers(ours):
+        return (
+            ". It knows its classes by number, as a map file without class folders gives them: use the same archive, "
+            "or folders named 0, 1, ... (links to yours will do)"
+        )
+    if _are_numbers(ours) and not _are_numbers(theirs):
+        return ". This data set knows its classes by number: write their names into the map file, in place of numbers"
+    return ""
+
+
+def _are_numbers(classes: Sequence[str]) -> bool:
+    return list(classes) == [str(number) for number in range(len(classes))]
 
 
 def class_columns(classes: Sequence[str], metadata: dict[str, Any], path: Path | str, num_classes: int) -> list | None:
@@ -215,7 +234,9 @@ def warn_preprocessing(
 
     A file that does not say how is compared with what timm records for ``model``, if it is one of timm's.
     """
-    theirs = _own_entry(payload, "preprocessing", PREPROCESSING, path) or {}
+    theirs = dict(_own_entry(payload, "preprocessing", PREPROCESSING, path) or {})
+    if "short_side" not in theirs and theirs.get("img_size", math.inf) <= SMALL:
+        theirs.pop("crop", None)  # older files hold TEST.CROP, which has no effect on small images
     if not theirs and config.MODEL.TYPE == "timm":
         _warn_of_timm_preprocessing(config, model, path)
     ours = _preprocessing(config)

@@ -253,7 +253,7 @@ def load_weights(
     payload = load_checkpoint(path)
     weights, _ = fit(remap(finder.find(payload, path).weights), model)
     _fill(model, {key: weights[key] for key in report.matched}, path)
-    _log_fresh(report)
+    _log_head(report, unnamed=head if replace_head and not _class_names(shapes) else set())
     left_out = {"optimizer", "rank_state", *(entry.partition(".")[0] for entry in _tensor_entries(payload))}
     return report, {k: v for k, v in payload.items() if k not in left_out and not isinstance(v, Tensor)}
 
@@ -271,15 +271,26 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
 
 def _other_classes(payload: Mapping[str, Any], classes: Sequence[str]) -> bool:
     """Return whether a file says that its classifier is for other classes, or for these in another order."""
+    return _class_names(payload) not in ([], list(classes))
+
+
+def _class_names(payload: Mapping[str, Any]) -> list[str]:
+    """Return the class names that a file holds; none where other projects mean something else by the entry."""
     theirs = payload.get("classes")
-    return isinstance(theirs, (list, tuple)) and bool(theirs) and list(theirs) != list(classes)
+    return list(theirs) if isinstance(theirs, (list, tuple)) else []
 
 
-def _log_fresh(report: LoadReport) -> None:
+def _log_head(report: LoadReport, *, unnamed: Collection[str]) -> None:
+    """Log whether the classifier is fresh, or kept although the file does not name its classes (keys: ``unnamed``)."""
     fresh = ", ".join(sorted({*report.reshaped, *report.missing, *report.fresh}))
     if fresh:
         why = "is for other classes" if report.fresh else "has another size"
         logger.info("the classifier (%s) keeps its fresh values: the file's head %s", fresh, why)
+    elif unnamed:
+        logger.info(
+            "the classifier (%s) is kept from the file, which holds no class names to compare: it has as many classes",
+            ", ".join(sorted(unnamed)),
+        )
 
 
 def _image_size(payload: Mapping[str, Any]) -> tuple[int, ...]:
@@ -350,4 +361,7 @@ def _check_report(
         )
     else:
         advice = "is MODEL.* (and DATA.IMG_SIZE) of the config the variant that the file was made with?"
+    run_config = path.with_name("config.yaml")
+    if run_config.is_file():
+        advice += f"\n  The run that made the file had this config: --cfg {run_config}"
     raise CheckpointError(f"{path} does not fit the model: {report.text()}\n  {advice}")

@@ -1,6 +1,7 @@
 """The command line that training and evaluation share."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,11 @@ from utils.config.suggest import did_you_mean
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that names the nearest known flag when it meets an unknown one."""
+    """Parser that names the nearest known flag when it meets an unknown one, and reads ``-1e-4`` as a number."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf\b|nan\b)", re.IGNORECASE)  # no flag begins so
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         """Parse all of ``args``; whatever is left over ends the program with status 2."""

@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError, message_text
 from utils.runtime.distributed import get_rank, get_world_size, is_distributed
+from utils.runtime.signals import Interrupted
 
 logger = logging.getLogger(__name__)
 
 # Errors whose message says all: what is wrong, where, and what to do.
 USER_ERRORS = (ValueError, OSError, CheckpointError, ImageReadError, NonFiniteError, RunError)
 SIGNAL_SECONDS = 1.0  # a signal to all processes reaches one of them this much later than another
-_FAILED = "failed"  # key in the store that the processes share
+_FAILED, _STOPPED = "failed", "stopped"  # keys in the store that the processes share
 _LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|timeout|remote process exited", re.I)
 
 
@@ -47,14 +48,25 @@ def is_lost_connection(error: BaseException) -> bool:
     return get_world_size() > 1 and from_torch and bool(_LOST.search(str(error)))
 
 
-def settle(error: BaseException) -> BaseException:
-    """Return what ends this process: ``error``, or the signal that ended the other processes and arrives here next."""
+def settle(error: BaseException, store: dist.Store | None) -> BaseException:
+    """Return what ends this process: ``error``, or the signal that ended another process.
+
+    The signal arrives here next, or the other process has told of it (``tell_of_signal``).
+    """
     if is_lost_connection(error):
         try:
             time.sleep(SIGNAL_SECONDS)
         except KeyboardInterrupt as interrupt:
             return interrupt
+        number = _told(store, _STOPPED)
+        if number:
+            return Interrupted(int(number))
     return error
+
+
+def tell_of_signal(number: int, store: dist.Store | None) -> None:
+    """Tell the other processes that a signal ends this one, so that they end in the same way."""
+    _tell_others(store, _STOPPED, str(number))
 
 
 def log_failure(error: BaseException, store: dist.Store | None) -> None:
@@ -75,21 +87,34 @@ def log_failure(error: BaseException, store: dist.Store | None) -> None:
     else:
         text = f"stops: {error_text(error)}"
     logger.error("%s %s", who, text, exc_info=error, extra={"brief": True})
-    if not (culprit or lost) and store is not None and get_world_size() > 1:
-        _tell_others(store, rank)
+    if not (culprit or lost):
+        _tell_others(store, _FAILED, f"rank {rank}")
 
 
-def _tell_others(store: dist.Store, rank: int) -> None:
+def _tell_others(store: dist.Store | None, key: str, text: str) -> None:
+    if store is None or get_world_size() == 1:
+        return
     try:
         store.set_timeout(timedelta(seconds=SIGNAL_SECONDS))
-        store.set(_FAILED, f"rank {rank}")
+        store.set(key, text)
     except RuntimeError as error:
         logger.debug("the other processes were not told: %s", error)
 
 
 def _culprit(store: dist.Store | None) -> str:
     """Return which process said that it failed, or '' if none did."""
-    try:
-        return store.get(_FAILED).decode() if store is not None and store.check([_FAILED]) else ""
-    except RuntimeError:  # whoever held the store has ended: rank 0, or torchrun
+    told = _told(store, _FAILED)
+    if told is None:
         return "" if dist.is_torchelastic_launched() else "rank 0"
+    return told
+
+
+def _told(store: dist.Store | None, key: str) -> str | None:
+    """Return what another process wrote under a key of the shared store, '' if nothing.
+
+    None: whoever held the store has ended, which is torchrun, or rank 0 without it.
+    """
+    try:
+        return store.get(key).decode() if store is not None and store.check([key]) else ""
+    except RuntimeError:
+        return None

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from termcolor import colored
 
+from utils.runtime.files import side_file
+
 _DATE = "%Y-%m-%d %H:%M:%S"
 _EARLY_RECORDS = 1000
 
@@ -41,10 +43,15 @@ def setup_logging(rank: int) -> None:
 
 
 def add_log_file(output_dir: Path, rank: int) -> None:
-    """Send the root logger to ``output_dir/log_rank{rank}.txt`` too, from the first record on."""
-    root = logging.getLogger()
-    file = logging.FileHandler(output_dir / f"log_rank{rank}.txt", mode="a", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", _DATE))
+    """Send the root logger to ``output_dir/log_rank{rank}.txt`` too, from the first record on.
+
+    Where that file cannot be written, the run goes on without it, after a warning.
+    """
+    root, path = logging.getLogger(), output_dir / f"log_rank{rank}.txt"
+    file: logging.Handler = logging.NullHandler()
+    with side_file(path):
+        file = logging.FileHandler(path, mode="a", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", _DATE))
     for early in [handler for handler in root.handlers if type(handler) is MemoryHandler]:
         root.removeHandler(early)
         early.setTarget(file)
@@ -57,7 +64,7 @@ def teardown_logging() -> None:
     """Flush, close and remove the handlers that were installed here."""
     root = logging.getLogger()
     for handler in list(root.handlers):
-        if type(handler) in (logging.StreamHandler, logging.FileHandler, MemoryHandler):
+        if type(handler) in (logging.StreamHandler, logging.FileHandler, logging.NullHandler, MemoryHandler):
             root.removeHandler(handler)
             handler.flush()
             if type(handler) is not logging.StreamHandler:

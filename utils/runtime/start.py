@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 from utils.config import config_notices, dump_config, recipe_deviations, run_folder
 from utils.errors import RunError
 from utils.runtime.distributed import get_rank, get_world_size, is_distributed, on_main_process
-from utils.runtime.failures import error_text, is_user_error, log_failure, settle
+from utils.runtime.failures import error_text, is_user_error, log_failure, settle, tell_of_signal
 from utils.runtime.files import UNSUPPORTED, side_file, try_folder, warn_once, write_text_atomic
 from utils.runtime.hardware import describe_cpu
 from utils.runtime.launch import join_processes, select_device
@@ -122,7 +122,7 @@ def start_run(config: CfgNode, *, training: bool = True) -> Iterator[Run]:
             run.write_status("running")
         yield run
     except BaseException as error:
-        _end(settle(error), opened, store)
+        _end(settle(error, store), opened, store)
     else:
         dist.barrier()
         dist.destroy_process_group()
@@ -136,6 +136,7 @@ def _end(error: BaseException, run: Run | None, store: dist.Store | None) -> NoR
     """Log and write down why the run ends, and raise what ends the process."""
     if isinstance(error, Interrupted):
         logger.warning("stopped: %s%s", error, "; nothing was saved, as no update was done" if run else "")
+        tell_of_signal(error.number, store)
     elif isinstance(error, KeyboardInterrupt):
         logger.error("interrupted: ended at once, without saving")
     elif not isinstance(error, SystemExit):
