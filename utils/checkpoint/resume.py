@@ -1,7 +1,6 @@
 """Where a run starts: what a checkpoint says about itself, and whether this run may continue it."""
 
 import logging
-import math
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -13,7 +12,16 @@ from yacs.config import CfgNode
 from utils.checkpoint.files import resolve_source
 from utils.checkpoint.schema import CLASSES, PREPROCESSING, Check, SchemaFault
 from utils.checkpoint.store import CheckpointStore, step_inside
-from utils.config import CROP_RATIO, SMALL, dump_config, normalisation, parse_config, recipe_differences, short_side
+from utils.config import (
+    CROP_RATIO,
+    SMALL,
+    as_pair,
+    dump_config,
+    normalisation,
+    parse_config,
+    recipe_differences,
+    short_side,
+)
 from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -235,7 +243,7 @@ def warn_preprocessing(
     A file that does not say how is compared with what timm records for ``model``, if it is one of timm's.
     """
     theirs = dict(_own_entry(payload, "preprocessing", PREPROCESSING, path) or {})
-    if "short_side" not in theirs and theirs.get("img_size", math.inf) <= SMALL:
+    if "short_side" not in theirs and max(as_pair(theirs.get("img_size", SMALL + 1))) <= SMALL:
         theirs.pop("crop", None)  # older files hold TEST.CROP, which has no effect on small images
     if not theirs and config.MODEL.TYPE == "timm":
         _warn_of_timm_preprocessing(config, model, path)
