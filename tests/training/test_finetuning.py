@@ -154,7 +154,7 @@ def test_frozen_parts_stay_in_evaluation_mode(part: str) -> None:
         assert torch.equal(model.train()(images), model.eval()(images))
 
 
-def test_the_wrapper_keeps_frozen_parts_in_evaluation_mode(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_what_is_frozen_as_it_was(tiny: TinyRun) -> None:
     """A run from averaged weights, with accumulation and an average of its own, leaves what is frozen as it was."""
     source = tiny.train(*pairs(TRAIN__EMA_DECAY=0.5), tag="source") / "checkpoint_last.pth"
     words = pairs(TRAIN__FREEZE="stages2", TRAIN__EMA_DECAY=0.9, TRAIN__LAYER_DECAY=0.7)
