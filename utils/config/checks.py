@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from utils.config.facts import FOLDER_DATASETS, as_pair, normalisation, odd_batch_problem
+from utils.config.facts import FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem
 from utils.config.keys import KEYS, flatten, value_of
 from utils.config.policy import policy_problem
 from utils.config.values import read_arguments
@@ -72,8 +72,8 @@ def _check_data(config: CfgNode) -> Iterator[Problem]:
 
 def _check_channels(config: CfgNode) -> Iterator[Problem]:
     channels, aug = config.MODEL.STRIP_MLP.IN_CHANS, config.AUG
-    for key, values in zip(("DATA.MEAN", "DATA.STD"), normalisation(config), strict=True):
-        if len(values) != channels:
+    for key, values in channel_values(config).items():
+        if len(values) not in (1, channels):
             yield Problem(
                 (key, "MODEL.STRIP_MLP.IN_CHANS"),
                 f"{key} has {len(values)} values, but MODEL.STRIP_MLP.IN_CHANS is {channels}; give one value, or one "
