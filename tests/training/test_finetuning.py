@@ -303,8 +303,10 @@ def test_options_of_an_optimizer() -> None:
     optimizer = Training("lamb", "eps=1e-3, betas=(0.8, 0.9)").state.optimizer
     assert (optimizer.param_groups[0]["eps"], optimizer.param_groups[0]["betas"]) == (1e-3, (0.8, 0.9))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
-    with pytest.raises(ValueError, match=r"NAME lion refuses .*OPTIONS .*'epsilon'.* it knows betas, .*caution"):
-        Training("lion", "epsilon=1")
+    with pytest.raises(ValueError, match=r"NAME lion refuses .*OPTIONS .*'eps'.* it knows betas, .*caution"):
+        Training("lion", "eps=1e-8")
+    with pytest.raises(ValueError, match=r"NAME lion refuses .*OPTIONS .*betas"):
+        Training("lion", "betas=(2.0, 0.9)")
 
 
 def test_a_damaged_state_of_a_timm_optimizer_is_refused() -> None:
