@@ -189,18 +189,18 @@ def _advice(message: str) -> str | None:
     if any(text in message for text in _NO_FILES):
         return (
             "This process may not open as many files as its data workers need: raise the limit with `ulimit -n 4096`, "
-            "or lower DATA.NUM_WORKERS."
+            "or lower DATA.NUM_WORKERS"
         )
     if any(text in message for text in _NO_SHARED_MEMORY):
         return FULL_SHM
     if "DataLoader timed out" in message:
         return (
             "No batch arrived within DATA.LOADER_TIMEOUT seconds: does the storage of DATA.DATA_PATH hang? Slow "
-            "storage needs a larger DATA.LOADER_TIMEOUT (0 = wait forever) or more DATA.NUM_WORKERS."
+            "storage needs a larger DATA.LOADER_TIMEOUT (0 = wait forever) or more DATA.NUM_WORKERS"
         )
     if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
         return (
             "A data worker process died. Without an error of its own it was most likely killed for lack of memory "
-            "(RAM, or /dev/shm in a container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE, or start with --shm-size."
+            "(RAM, or /dev/shm in a container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE, or start with --shm-size"
         )
     return None

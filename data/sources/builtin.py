@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
 from data.sources.base import ArraySource
+from utils.errors import RunError
 from utils.runtime import once_per_machine
 
 _DIGITS_SIZE = 32  # pixels
@@ -22,11 +23,19 @@ def cifar_source(name: str, root: str, *, is_train: bool, download: bool, **imag
 
     Raises:
         FileNotFoundError: the files are missing or damaged.
-        RuntimeError: the download failed, on all processes alike.
+        RunError: the download failed, on all processes alike.
     """
     factory = getattr(torchvision_datasets, name)
     if download:
-        once_per_machine(lambda: factory(root, train=is_train, download=True), what=f"the download of {name} to {root}")
+        try:
+            once_per_machine(
+                lambda: factory(root, train=is_train, download=True), what=f"the download of {name} to {root}"
+            )
+        except RunError as error:
+            raise RunError(
+                f"{error}; on a machine without a connection, put {getattr(factory, 'url', 'its archive')}, fetched "
+                f"elsewhere, into {root}, where it is unpacked"
+            ) from error
     try:
         dataset = factory(root, train=is_train, download=False)
     except RuntimeError as error:

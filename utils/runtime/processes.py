@@ -20,7 +20,7 @@ def once_per_machine(action: Callable[[], object], *, what: str) -> None:
     failure = ""
     _, error = attempt(action) if get_local_rank() == 0 else (None, None)
     if error is not None:
-        failure = f"{what} failed: {one_line(error)} [{type(error).__name__}]"
+        failure = f"{what} failed: {one_line(error)}"
     failures = [text for text in gather_objects(failure) if text]  # also the barrier that the others wait at
     if failures:
         raise RunError("; ".join(sorted(set(failures)))) from error
