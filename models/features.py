@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H rows, W columns. The reduction of a map is the pixels of the image for one of its cells.
 """
 
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,7 +19,9 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from .checkpoint_compat import from_published
-from .resample import resample_weights
+from .resample import fit_weights
+
+logger = logging.getLogger(__name__)
 
 # What may be missing from a network that was pruned to its feature maps.
 _PRUNED = re.compile(r"(head|norm|stages\.\d+|merging\.\d+|skip_\d_to_\d)\.")
@@ -35,13 +38,16 @@ class StripMLPFeatures(FeatureGetterNet):
         self.model.set_grad_checkpointing(enable)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the weights of this module, or those of a whole network, which may be of another image size.
+        """Load the weights of this module, or those of a whole network, as ``checkpoint_path`` of timm asks for.
 
-        The parts that are gone here are left out; ``timm.create_model(..., checkpoint_path=...)`` needs this.
+        Of a whole network, what is gone here is left out. It may be one for images of another size or with other
+        channels; what is changed in its weights is logged.
         """
         own = self.state_dict()
         if not any(name in own for name in state_dict):
-            whole = resample_weights(from_published(state_dict), self.model)
+            whole, changes = fit_weights(from_published(state_dict), self.model)
+            for change in changes:
+                logger.warning("%s", change)
             named = {f"model.{name}": value for name, value in whole.items()}
             state_dict = {n: v for n, v in named.items() if n in own or not _PRUNED.match(n.removeprefix("model."))}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
