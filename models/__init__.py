@@ -3,7 +3,7 @@
 from .build import build_model
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model
-from .features import DenseBackbone
+from .features import DenseBackbone, with_pyramid
 from .forms import accelerate, inference_form
 from .freezing import frozen_parts
 from .resample import fit_weights
@@ -20,4 +20,5 @@ __all__ = [
     "frozen_parts",
     "inference_form",
     "to_published",
+    "with_pyramid",
 ]

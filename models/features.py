@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H rows, W columns. The reduction of a map is the pixels of the image for one of its cells.
 """
 
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -10,12 +11,17 @@ from itertools import product
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from .checkpoint_compat import from_published
-from .resample import resample_weights
+from .resample import fit_weights
+
+logger = logging.getLogger(__name__)
 
 # What may be missing from a network that was pruned to its feature maps.
 _PRUNED = re.compile(r"(head|norm|stages\.\d+|merging\.\d+|skip_\d_to_\d)\.")
@@ -32,13 +38,16 @@ class StripMLPFeatures(FeatureGetterNet):
         self.model.set_grad_checkpointing(enable)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the weights of this module, or those of a whole network, which may be of another image size.
+        """Load the weights of this module, or those of a whole network, as ``checkpoint_path`` of timm asks for.
 
-        The parts that are gone here are left out; ``timm.create_model(..., checkpoint_path=...)`` needs this.
+        Of a whole network, what is gone here is left out. It may be one for images of another size or with other
+        channels; what is changed in its weights is logged.
         """
         own = self.state_dict()
         if not any(name in own for name in state_dict):
-            whole = resample_weights(from_published(state_dict), self.model)
+            whole, changes = fit_weights(from_published(state_dict), self.model)
+            for change in changes:
+                logger.warning("%s", change)
             named = {f"model.{name}": value for name, value in whole.items()}
             state_dict = {n: v for n, v in named.items() if n in own or not _PRUNED.match(n.removeprefix("model."))}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -54,13 +63,14 @@ class DenseBackbone(nn.Module):
 
     Args:
         body: returns a list of maps and has timm's ``feature_info``, as ``timm.create_model(..., features_only=True)``.
-        input_size: (H, W) of the images that ``body`` takes; None asks ``body.model.img_size``.
+        input_size: (H, W) of the images that ``body`` takes, multiples of its reductions; None asks
+            ``body.model.img_size``, which Strip-MLP has.
         mode: ``"window"`` or ``"resize"``.
         overlap: share of a window that at least lies in the next one too, in [0, 1); it is rounded up to whole cells
             of the coarsest map, as far as these allow it.
     Shape: (B, 3, H, W) -> ``{"0": (B, C_0, ceil(H / r_0), ceil(W / r_0)), "1": ...}`` with the reductions r.
     Raises:
-        ValueError: if ``mode`` or ``overlap`` is out of range, or an image is smaller than a window.
+        ValueError: if an argument is out of range, or an image is smaller than a window.
     """
 
     def __init__(
@@ -77,19 +87,20 @@ class DenseBackbone(nn.Module):
         if not 0.0 <= overlap < 1.0:
             raise ValueError(f"overlap is {overlap}; it must be in [0, 1)")
         self.body, self.mode, self.overlap = body, mode, overlap
-        self.input_size = body.model.img_size if input_size is None else input_size
         self.channels: list[int] = body.feature_info.channels()
         self.reductions: list[int] = body.feature_info.reduction()
+        self.input_size = to_2tuple(body.model.img_size if input_size is None else input_size)
+        if any(side <= 0 or side % max(self.reductions) for side in self.input_size):
+            raise ValueError(f"input_size is {self.input_size}; give multiples of {max(self.reductions)}")
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        maps = self._resized(x) if self.mode == "resize" else self._windowed(x)
-        sizes = [[-(-side // reduction) for side in x.shape[2:]] for reduction in self.reductions]
-        return OrderedDict((str(i), m[:, :, :h, :w]) for i, (m, (h, w)) in enumerate(zip(maps, sizes, strict=True)))
-
-    def _resized(self, x: Tensor) -> list[Tensor]:
-        maps = self.body(_resize(x, self.input_size))
         sizes = [tuple(-(-side // reduction) for side in x.shape[2:]) for reduction in self.reductions]
-        return [_resize(m, size) for m, size in zip(maps, sizes, strict=True)]
+        if self.mode == "resize":
+            maps = self.body(_resize(x, self.input_size))
+            maps = [_resize(m, size) for m, size in zip(maps, sizes, strict=True)]
+        else:
+            maps = [m[:, :, :height, :width] for m, (height, width) in zip(self._windowed(x), sizes, strict=True)]
+        return OrderedDict((str(level), m) for level, m in enumerate(maps))
 
     def _windowed(self, x: Tensor) -> list[Tensor]:
         """Return the blended maps of the image, which is continued to whole cells of the coarsest map."""
@@ -101,8 +112,8 @@ class DenseBackbone(nn.Module):
             )
         unit = max(self.reductions)
         x = F.pad(x, (0, -x.shape[3] % unit, 0, -x.shape[2] % unit), mode="replicate")
-        sides, window = x.shape[2:], self.input_size
-        starts = [window_starts(side, length, unit, self.overlap) for side, length in zip(sides, window, strict=True)]
+        sides = tuple(x.shape[2:])
+        starts = [window_starts(*lengths, unit, self.overlap) for lengths in zip(sides, self.input_size, strict=True)]
         corners = list(product(*starts))
         windows = torch.cat([x[:, :, top : top + height, left : left + width] for top, left in corners])
         maps = self.body(windows)
@@ -110,6 +121,17 @@ class DenseBackbone(nn.Module):
             _blend(m.chunk(len(corners)), starts, sides, reduction)
             for m, reduction in zip(maps, self.reductions, strict=True)
         ]
+
+
+def with_pyramid(backbone: DenseBackbone, out_channels: int = 256) -> nn.Sequential:
+    """Return the backbone with a feature pyramid, as torchvision's ``FasterRCNN`` and its relatives take it.
+
+    Its maps have ``out_channels`` channels each; a last one, ``"pool"``, is half as large as the coarsest map.
+    """
+    pyramid = FeaturePyramidNetwork(backbone.channels, out_channels, LastLevelMaxPool())
+    model = nn.Sequential(OrderedDict(backbone=backbone, pyramid=pyramid))
+    model.out_channels = out_channels
+    return model
 
 
 def window_starts(side: int, window: int, unit: int, overlap: float) -> list[int]:

@@ -193,7 +193,9 @@ def test_ways_that_run_parts_in_a_row(feature_cls: str) -> None:
 
 
 @pytest.mark.parametrize("published", (False, True))
-def test_feature_maps_of_a_checkpoint(published: bool, x: Tensor, tmp_path: Path) -> None:
+def test_feature_maps_of_a_checkpoint(
+    published: bool, x: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = created(num_classes=9)
     weights = whole.state_dict()
     torch.save({"state_dict": to_published(weights) if published else weights}, tmp_path / "whole.pth")
@@ -208,8 +210,13 @@ def test_feature_maps_of_a_checkpoint(published: bool, x: Tensor, tmp_path: Path
     again = created(features_only=True, out_indices=(0, 2))
     again.load_state_dict(model.state_dict())
     assert all(map(torch.equal, again(x), expected))
-    other = created(features_only=True, img_size=(64, 96), checkpoint_path=str(tmp_path / "whole.pth"))
-    assert other(torch.zeros(1, 3, 64, 96))[0].shape == (1, 16, 16, 24)
+    assert not caplog.messages
+    other = created(
+        features_only=True, img_size=(64, 96), in_chans=1, checkpoint_path=str(tmp_path / "whole.pth"), num_classes=2
+    )
+    assert other(torch.zeros(1, 1, 64, 96))[0].shape == (1, 16, 16, 24)
+    assert any("64 x 64 images resampled to 64 x 96" in message for message in caplog.messages)
+    assert any("adapted from 3 to 1 channels" in message for message in caplog.messages)
 
 
 def test_feature_maps_of_a_wrong_checkpoint() -> None:
