@@ -74,6 +74,17 @@ def test_interrupted_run_ends_in_the_same_bits(starter, reference, tmp_path, wor
 
 
 @SLOW
+def test_interrupted_distillation_ends_in_the_same_bits(starter, reference, tmp_path):
+    """SIGTERM mid-epoch to one of two processes that learn from a teacher, continued: same state as uninterrupted."""
+    opts = ("TRAIN.DISTILL.KIND=soft", f"TRAIN.DISTILL.TEACHER={reference()}")
+    expected = reference(*opts, world=2)
+    starter.run(*opts, out=tmp_path, world=2, faults=stop_at(3)).assert_ok("preempted")
+    job = starter.run(*opts, out=tmp_path, world=2).assert_ok()
+    assert "resumed from" in job.text()
+    assert_same_state(job.folder / LAST, expected)
+
+
+@SLOW
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_killed_run_ends_in_the_same_bits(starter, reference, tmp_path, world):
     """SIGKILL mid-epoch with SAVE_STEPS, relaunched: same state as uninterrupted, survivors ended."""
