@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils.config import parse_config
-from utils.runtime import describe_cpu
+from utils.runtime import crowding_advice, describe_cpu
 from utils.training import build_precision, check_compiler
 
 CPU = torch.device("cpu")
@@ -60,3 +60,17 @@ def test_the_log_tells_what_the_cpu_can_do(monkeypatch):
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
         assert describe_cpu() == expected
+
+
+@pytest.mark.parametrize(
+    ("threads", "load", "policy", "advised"),
+    [(4, 3.0, None, True), (4, 0.4, None, False), (1, 9.0, None, False), (4, 3.0, "PASSIVE", False)],
+)
+def test_advice_on_a_busy_machine(monkeypatch, threads, load, policy, advised):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    assert ("OMP_WAIT_POLICY=PASSIVE" in crowding_advice()) == advised

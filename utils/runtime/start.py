@@ -25,7 +25,7 @@ from utils.errors import RunError
 from utils.runtime.distributed import get_rank, get_world_size, is_distributed, on_main_process
 from utils.runtime.failures import error_text, is_user_error, log_failure, settle, tell_of_signal
 from utils.runtime.files import UNSUPPORTED, side_file, try_folder, warn_once, write_text_atomic
-from utils.runtime.hardware import describe_cpu
+from utils.runtime.hardware import crowding_advice, describe_cpu
 from utils.runtime.launch import join_processes, select_device
 from utils.runtime.logging import add_log_file, setup_logging, teardown_logging
 from utils.runtime.random_state import seed_process
@@ -222,7 +222,8 @@ def _log_start(config: CfgNode, run: Run) -> None:
         device,
         run.output_dir,
     )
-    for notice in config_notices(config):
+    advice = crowding_advice() if run.device.type == "cpu" else ""
+    for notice in (*config_notices(config), *([advice] if advice else [])):
         logger.warning(notice)
 
 
