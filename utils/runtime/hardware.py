@@ -39,13 +39,13 @@ def crowding_advice() -> str:
     """Return what to do where PyTorch's threads will wait for cores that other programs use, or an empty text.
 
     A thread of OpenMP that waits for the others keeps its core busy for a while. Where the core is wanted, that keeps
-    the others waiting in turn: on two busy cores an update that takes 0.5 s with one thread took more than 8 s with two,
-    and 1.0 to 1.6 s with OMP_WAIT_POLICY=PASSIVE.
+    the others waiting in turn: on two busy cores an update that takes 0.5 s with one thread took more than 8 s with
+    two, and 1.0 to 1.6 s with OMP_WAIT_POLICY=PASSIVE.
     """
     threads, cores, load = torch.get_num_threads(), len(os.sched_getaffinity(0)), os.getloadavg()[0]
     if threads == 1 or "OMP_WAIT_POLICY" in os.environ or load + threads < cores + 1:
         return ""
     return (
-        f"other programs keep {load:.1f} of the {cores} cores busy, and this one takes {threads} threads: start it with "
+        f"the load is {load:.1f} on {cores} cores, and this program takes {threads} threads: start it with "
         "OMP_WAIT_POLICY=PASSIVE, or with fewer threads (OMP_NUM_THREADS), or it may become several times slower"
     )
