@@ -6,8 +6,10 @@ from utils.checkpoint.files import resolve_source, sha256
 from utils.checkpoint.resume import (
     check_classes,
     check_continuation,
+    check_held_out,
     checkpoint_metadata,
     class_columns,
+    class_names,
     starting_point,
     warn_preprocessing,
 )
@@ -19,8 +21,10 @@ __all__ = [
     "capture",
     "check_classes",
     "check_continuation",
+    "check_held_out",
     "checkpoint_metadata",
     "class_columns",
+    "class_names",
     "CheckpointStore",
     "LAST",
     "load_weights",
