@@ -7,12 +7,14 @@ from data.images.batch import build_batch_transform
 from data.images.decode import decode_image, jpeg_complaint
 from data.images.transforms import check_transform
 from data.loading.collate import collate
+from data.loading.loader import ImageLoader
 from data.sources.holdout import HeldOut, held_out_images
 from data.sources.listing import expanded_path, list_images, read_image_file
 
 __all__ = [
     "HeldOut",
     "ImageDataset",
+    "ImageLoader",
     "build_batch_transform",
     "build_dataset",
     "build_train_loader",

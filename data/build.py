@@ -49,20 +49,25 @@ def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageL
     return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
-def build_val_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:
+def build_val_loader(config: CfgNode, *, device: torch.device | str, of_train: bool = False) -> ImageLoader:
     """Return this process's share of the validation set, in order, without padding; batches as in training.
 
     Of the training set only the class names are looked at, if it is there. ``len(loader.dataset)`` counts the whole
-    validation set.
+    validation set. ``of_train``: the training set instead, prepared as for evaluation.
     """
-    dataset = build_dataset(config, is_train=False)
+    dataset = build_dataset(config, is_train=of_train, augment=False)
     sampler = EvalShardSampler(len(dataset), rank=get_rank(), world_size=get_world_size())
     batch_size = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
     return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
-def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
+def build_dataset(config: CfgNode, *, is_train: bool, augment: bool = True) -> ImageDataset:
     """Return the training or the validation data set of the configuration.
+
+    Args:
+        config: the configuration.
+        is_train: which of the two.
+        augment: prepare training images for training; False: as for evaluation.
 
     Raises:
         ValueError: no DATA.DATA_PATH for a data set that needs it.
@@ -72,7 +77,7 @@ def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
     source = _build_source(config, is_train=is_train)
     if config.DATA.CACHE_DECODED == "ram" and not isinstance(source, ArraySource):
         source = DecodedSource(source)
-    transform = build_transform(config, is_train=is_train)
+    transform = build_transform(config, is_train=is_train and augment)
     skip_bad = config.DATA.BAD_IMAGES == "skip"
     dataset = ImageDataset(source, transform, seed=config.SEED, skip_bad=skip_bad)
     if config.DATA.VAL_CACHE and not is_train:

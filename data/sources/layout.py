@@ -57,6 +57,7 @@ def _hint(folder: Path, part: str, *, is_folder_set: bool) -> str:
     if not names or {"train", "val"} & set(names):
         return ""
     return (
-        f"folders such as {names[0]!r} are. If these are classes, hold out a part of their images: --opts "
-        f"DATA.HOLDOUT 0.2; or divide them: python categories101_train_val_split.py --source {folder} --target NEW_FOLDER"
+        f"folders such as {names[0]!r} are. If these are classes, hold out a part of their images with --opts "
+        "DATA.HOLDOUT 0.2, or divide them: "
+        f"python categories101_train_val_split.py --source {folder} --target NEW_FOLDER"
     )

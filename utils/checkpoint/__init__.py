@@ -10,6 +10,7 @@ from utils.checkpoint.resume import (
     checkpoint_metadata,
     class_columns,
     class_names,
+    saved_config,
     starting_point,
     warn_preprocessing,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "read_training_state",
     "resolve_source",
     "restore",
+    "saved_config",
     "sha256",
     "starting_point",
     "warn_preprocessing",

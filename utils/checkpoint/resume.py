@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import load_checkpoint, resolve_source
-from utils.checkpoint.schema import CLASSES, PREPROCESSING, Check, SchemaFault, text
+from utils.checkpoint.schema import CLASSES, MAX_CONFIG, PREPROCESSING, Check, SchemaFault, text
 from utils.checkpoint.store import CheckpointStore, step_inside
 from utils.config import CROP_RATIO, dump_config, normalisation, parse_config, recipe_differences, short_side
 from utils.errors import CheckpointError
@@ -43,6 +43,20 @@ def class_names(source: str) -> list[str]:
     """Return the class names that a checkpoint holds, in the order of its scores; none if it holds no names."""
     path = resolve_source(source)
     return list(_own_entry(load_checkpoint(path, map_location="meta"), "classes", CLASSES, path) or ())
+
+
+def saved_config(source: str, overrides: Mapping[str, Any], opts: Sequence[str] = ()) -> CfgNode:
+    """Return the configuration that a checkpoint holds, changed as ``utils.config.parse_config`` does.
+
+    Raises:
+        CheckpointError: the file holds none.
+        ValueError: with all problems of the changed configuration.
+    """
+    path = resolve_source(source)
+    held = _own_entry(load_checkpoint(path, map_location="meta"), "config", text(MAX_CONFIG), path)
+    if not held:
+        raise CheckpointError(f"{path} holds no configuration of this project; name one with --cfg")
+    return parse_config(held, str(path), overrides, opts)
 
 
 def checkpoint_metadata(
