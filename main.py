@@ -35,6 +35,7 @@ from utils.checkpoint import (
     BEST,
     CheckpointStore,
     checkpoint_metadata,
+    load_teacher,
     load_weights,
     starting_point,
     warn_preprocessing,
@@ -133,6 +134,8 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank, num_classes=num_classes)
     weights = class_weights(config, dataset.targets, num_classes)
     held_out = held_out_images(config, val_loader.dataset)
+    metadata = checkpoint_metadata(config, dataset.classes, len(dataset), held_out and held_out.digest)
+    teacher = load_teacher(config, run.device, metadata, build=build_model, remap=from_published)
     return Session(
         config=config,
         run=run,
@@ -142,9 +145,10 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
         transform=transform,
         val_transform=build_batch_transform(config, is_train=False, device=run.device, rank=run.rank),
         criterion=build_criterion(config, soft_targets=transform.mixes, weights=weights).to(run.device),
+        teacher=teacher,
         store=CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP),
         stop=stop,
-        metadata=checkpoint_metadata(config, dataset.classes, len(dataset), held_out and held_out.digest),
+        metadata=metadata if teacher is None else {**metadata, "teacher": teacher.digest},
     )
 
 
@@ -276,7 +280,7 @@ def accumulate_gradients(
         model: the wrapped model.
         group: the micro-batches.
         progress: before the update.
-        objective: batch transform, criterion and precision.
+        objective: batch transform, loss and precision.
     """
     losses = []
     for number, (images, targets, indices) in enumerate(group):
@@ -290,7 +294,7 @@ def accumulate_gradients(
         last = number == len(group) - 1
         with nullcontext() if last else model.no_sync():
             with objective.precision.autocast():
-                loss = objective.criterion(model(images), targets) / len(group)
+                loss = objective.loss(model(images), targets, images) / len(group)
             objective.precision.scaler.scale(poison_nonfinite(loss)).backward()
         losses.append(loss.detach())
     return sum(losses)

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 from data import ImageDataset, build_batch_transform, build_dataset, collate
 from main import accumulate_gradients
-from models import accelerate, build_model
-from utils.checkpoint import read_training_state
+from models import accelerate, build_model, from_published
+from utils.checkpoint import load_teacher, read_training_state
 from utils.config import parse_config
 from utils.errors import CheckpointError
 from utils.runtime import set_random_state, torch_random_state
@@ -157,6 +157,7 @@ class Replay:
         self.model = accelerate(build_model(self.config, len(self.dataset.classes)).to(self.device), self.device)
         self.model.no_sync = nullcontext  # as of the distributed wrapper; one process has nothing to reduce
         convert_conv2d_weight_memory_format(self.model, torch.channels_last)  # as in training: the order of sums
+        self.teacher = load_teacher(self.config, self.device, self.payload, build=build_model, remap=from_published)
         self.precision = build_precision(self.config, self.device)
         self.scaler = self.precision.scaler
         if self.scaler.is_enabled():
@@ -194,6 +195,7 @@ class Replay:
             precision=self.precision,
             transform=observer.transform,
             criterion=observer.criterion,
+            teacher=self.teacher,
         )
         set_random_state(record["rng"])
         progress = Progress(global_step=record["step"], epoch=record["epoch"])

@@ -29,7 +29,7 @@ from utils.checkpoint import (
 )
 from utils.errors import NonFiniteError, RunError, one_line
 from utils.runtime import Run, StopRequest, free_bytes, gather_objects
-from utils.training import Precision, Progress, TrainState, UpdateTimer, global_batch_size, log_updates
+from utils.training import Precision, Progress, Teacher, TrainState, UpdateTimer, global_batch_size, log_updates
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,12 @@ class Objective:
     precision: Precision
     transform: Callable[..., tuple[Tensor, Tensor]]
     criterion: nn.Module
+    teacher: Teacher | None = None
+
+    def loss(self, scores: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+        """Return the mean loss of a micro-batch: by its labels, and by its teacher if there is one."""
+        loss = self.criterion(scores, targets)
+        return loss if self.teacher is None else self.teacher.share(loss, scores, images)
 
     @property
     def accumulation(self) -> int:

@@ -49,6 +49,15 @@ def test_each_sample_has_random_streams_of_its_own():
     assert all(len(set(stream)) == len(keys) for stream in drawn.T)
 
 
+def test_a_repetition_is_the_same_image_with_random_numbers_of_its_own(folder):
+    dataset = build_dataset(data_config(DATA__DATA_PATH=folder), is_train=True)
+    again = 4 + len(dataset)
+    assert dataset[0, again][1:] == (int(dataset.targets[4]), again)
+    assert not np.array_equal(np.asarray(dataset[0, again][0]), np.asarray(dataset[0, 4][0]))
+    assert dataset.sample_name(again) == dataset.sample_name(4)
+    assert dataset.describe(again) == dataset.describe(4)
+
+
 def test_loading_leaves_the_random_streams_alone(folder):
     train, val = build_datasets(data_config(DATA__DATA_PATH=folder))
     before = streams()

@@ -109,3 +109,33 @@ def test_balanced_order_is_resumed_and_shared_exactly():
     assert balanced(1, seen=8)[0] == whole[8:]
     assert balanced(1, epoch=1)[0] != whole
     assert global_order(balanced(2)) == global_order(balanced(1, batch_size=8), 8)
+
+
+def repeated(world_size, *, seen=0, size=12, repeats=3, batch_size=2):
+    """The samples that each rank gets under repeated augmentation, as (image, repetition)."""
+    result = []
+    for rank in range(world_size):
+        sampler = TrainSampler(size, batch_size=batch_size, seed=7, rank=rank, world_size=world_size, repeats=repeats)
+        sampler.set_progress(1, seen)
+        assert len(list(sampler)) == len(sampler)
+        result.append([(index % size, index // size) for _, index in sampler])
+    return result
+
+
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times():
+    """As timm's RepeatAugSampler, for the samples of all ranks together."""
+    (alone,) = repeated(1)
+    images = [image for image, _ in alone]
+    assert len(alone) == len(set(alone)) == 12
+    assert images[::3] == images[1::3] == images[2::3]
+    assert len(set(images)) == 4
+    assert [number for _, number in alone] == 4 * [0, 1, 2]
+    first, second = repeated(2)
+    assert [sample for pair in zip(first, second, strict=True) for sample in pair] == alone  # copies go to other ranks
+
+
+def test_repeated_augmentation_resumes_anywhere():
+    (whole,) = repeated(1)
+    assert repeated(1, seen=4) == [whole[4:]]
+    rest = repeated(2, seen=4)
+    assert sorted([*whole[:4], *rest[0], *rest[1]]) == sorted(whole)

@@ -20,6 +20,16 @@ from utils.checkpoint.files import load_checkpoint
 SLOW = pytest.mark.faults
 PLAIN = ("TRAIN.AMP=off", "TRAIN.EMA_DECAY=0.0", "TRAIN.OPTIMIZER.NAME=sgd", "AUG.MIXUP=0", "AUG.CUTMIX=0")
 
+TUNING = (
+    "TRAIN.OPTIMIZER.NAME=lamb",
+    "TRAIN.LAYER_DECAY=0.7",
+    "TRAIN.FREEZE=stages2",
+    "TRAIN.LOSS.NAME=bce",
+    "MODEL.HEAD_INIT_SCALE=0.01",
+    "AUG.MIXUP_OFF_EPOCHS=1",
+    "AUG.REPEATS=3",
+)
+
 
 def stop_at(step: int, rank: int = 0) -> list:
     return [("send", {"number": signal.SIGTERM, "step": step, "rank": rank})]
@@ -41,6 +51,8 @@ def figures(folder: Path) -> list[dict]:
         pytest.param(1, 0, ("TRAIN.AMP=fp16",), id="1 process, fp16 and its scaler", marks=SLOW),
         pytest.param(1, 0, PLAIN, id="1 process, float32, SGD, no mixup, no average", marks=SLOW),
         pytest.param(2, 0, (), id="2 processes", marks=SLOW),
+        pytest.param(2, 0, (*TUNING, "TRAIN.ACCUMULATION_STEPS=2"), id="2 processes, fine-tuning", marks=SLOW),
+        pytest.param(2, 0, (*TUNING, "TRAIN.AMP=fp16"), id="2 processes, fine-tuning in fp16", marks=SLOW),
         pytest.param(2, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="2 processes, 2 workers, accumulation", marks=SLOW),
         pytest.param(3, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="3 processes, 2 workers, accumulation", marks=SLOW),
     ),
@@ -59,6 +71,17 @@ def test_interrupted_run_ends_in_the_same_bits(starter, reference, tmp_path, wor
     assert "resumed from" in job.text()
     assert_same_state(job.folder / LAST, expected)
     assert figures(job.folder) == figures(expected.parent)
+
+
+@SLOW
+def test_interrupted_distillation_ends_in_the_same_bits(starter, reference, tmp_path):
+    """SIGTERM mid-epoch to one of two processes that learn from a teacher, continued: same state as uninterrupted."""
+    opts = ("TRAIN.DISTILL.KIND=soft", f"TRAIN.DISTILL.TEACHER={reference()}")
+    expected = reference(*opts, world=2)
+    starter.run(*opts, out=tmp_path, world=2, faults=stop_at(3)).assert_ok("preempted")
+    job = starter.run(*opts, out=tmp_path, world=2).assert_ok()
+    assert "resumed from" in job.text()
+    assert_same_state(job.folder / LAST, expected)
 
 
 @SLOW

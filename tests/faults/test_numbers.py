@@ -107,8 +107,15 @@ def test_diverged_for_good(starter, tmp_path, world):
         (1, ("TRAIN.AMP=fp16", "TRAIN.ACCUMULATION_STEPS=2", "AUG.MIXUP=0", "AUG.CUTMIX=0")),
         (2, ("TRAIN.ACCUMULATION_STEPS=2", "DATA.NUM_WORKERS=1")),
         (3, ("TRAIN.AMP=off", "MODEL.DROP=True")),
+        (2, ("TRAIN.FREEZE=stages2", "AUG.REPEATS=3", "TRAIN.LOSS.NAME=bce", "MODEL.HEAD_INIT_SCALE=0.1")),
     ),
-    ids=("1 process", "fp16, accumulation, no mixup", "2 processes, accumulation", "3 processes, float32, dropout"),
+    ids=(
+        "1 process",
+        "fp16, accumulation, no mixup",
+        "2 processes, accumulation",
+        "3 processes, float32, dropout",
+        "2 processes, frozen parts, repeated augmentation",
+    ),
 )
 def test_replay_repeats_the_update(starter, tmp_path, world, opts):
     """The dump of a healthy update: replay gets each process's loss and the gradient norm to the last bit."""

@@ -51,7 +51,14 @@ def test_evaluation_of_one_image_is_possible():
     check_model(parse_config("", "a test", TINY | {"DATA.BATCH_SIZE": 1, **NO_MIXING}), CPU, training=False)
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").resolve().glob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = sorted(
+    path
+    for pattern in ("*.yaml", "baselines/*.yaml", "finetune/*_cifar10_*.yaml")
+    for path in Path("configs").resolve().glob(pattern)
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_pass_and_no_random_number_is_used(path):
     config = load_config(path, ["DATA.BATCH_SIZE", "2"])  # the test machine may be small
     before = random_state()

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LEAVES = [path for path in CONFIGS if path.parent.name == "configs"]
 PUBLISHED_LEAVES = [path for path in LEAVES if path.stem.startswith("smlp_")]
+FINETUNING = [path for path in CONFIGS if path.parent.name == "finetune"]
+BASELINES = [path for path in CONFIGS if path.parent.name == "baselines"]
 
 VARIANTS = {
     "tiny_light": (80, [2, 2, 6, 2]),
@@ -55,7 +57,44 @@ def test_four_models_times_four_data_sets():
     assert {path.stem for path in LEAVES} == expected | {"quickstart_digits"}
 
 
-@pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
+def test_four_data_sets_times_three_ways_to_fine_tune():
+    data_sets, recipes = ("cifar10", "cifar100", "caltech101", "folder"), ("head", "layer_decay", "all")
+    assert {path.stem for path in FINETUNING} == {
+        f"smlp_tiny_{data}_{recipe}" for data in data_sets for recipe in recipes
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    (
+        ("head", {"TRAIN.FREEZE": "head_only", "TRAIN.BASE_LR": 1e-3, "TRAIN.WEIGHT_DECAY": 0.0}),
+        ("layer_decay", {"TRAIN.LAYER_DECAY": 0.8, "MODEL.HEAD_INIT_SCALE": 1e-3, "TRAIN.BASE_LR": 5e-5}),
+        ("all", {"TRAIN.BASE_LR": 2e-4, "TRAIN.WEIGHT_DECAY": 1e-4, "TRAIN.EMA_DECAY": 0.995}),
+    ),
+)
+def test_a_fine_tuning_preset_on_every_data_set(recipe, expected):
+    for path in FINETUNING:
+        if path.stem.endswith(f"_{recipe}"):
+            deviations = recipe_deviations(load_config(path))
+            assert {name: deviations[name][1] for name in expected} == expected, path.stem
+            assert deviations["AUG.MIXUP"][1] == 0.0
+
+
+def test_baselines_run_their_own_recipe():
+    resmlp, convnext = (load_config(path) for path in sorted(BASELINES, reverse=True))
+    optimizer = resmlp.TRAIN.OPTIMIZER
+    assert (resmlp.MODEL.TIMM_NAME, optimizer.NAME, resmlp.TRAIN.BASE_LR) == ("resmlp_12_224", "lamb", 5e-3)
+    assert (resmlp.AUG.REPEATS, resmlp.TRAIN.WEIGHT_DECAY, resmlp.TRAIN.EPOCHS) == (3, 0.2, 400)
+    assert 8 * resmlp.DATA.BATCH_SIZE == 2048
+    assert (convnext.MODEL.TIMM_NAME, convnext.TRAIN.BASE_LR, convnext.TRAIN.EMA_DECAY) == (
+        "convnext_tiny",
+        4e-3,
+        0.9999,
+    )
+    assert 8 * convnext.DATA.BATCH_SIZE * convnext.TRAIN.ACCUMULATION_STEPS == 4096
+
+
+@pytest.mark.parametrize("path", [*LEAVES, *FINETUNING, *BASELINES], ids=lambda path: path.stem)
 def test_a_leaf_loads_under_its_own_name(path):
     assert load_config(path).MODEL.NAME == path.stem
 

@@ -15,6 +15,7 @@ from utils.checkpoint.resume import (
     warn_preprocessing,
 )
 from utils.checkpoint.store import BEST, LAST, CheckpointStore
+from utils.checkpoint.teacher import load_teacher
 from utils.checkpoint.weights import load_weights, weight_options
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "class_names",
     "CheckpointStore",
     "LAST",
+    "load_teacher",
     "load_weights",
     "read_training_state",
     "resolve_source",

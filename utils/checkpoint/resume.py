@@ -100,7 +100,7 @@ def _plain(size: int | tuple[int, int] | None) -> int | list[int] | None:
 def check_continuation(
     config: CfgNode, metadata: dict[str, Any], payload: dict[str, Any], path: Path, allowed: Collection[str]
 ) -> None:
-    """Refuse to continue a run under another recipe or with other classes; warn of another number of samples.
+    """Refuse to continue under another recipe, with other classes or another teacher; warn of another sample count.
 
     Args:
         config: this run's config.
@@ -110,12 +110,18 @@ def check_continuation(
         allowed: keys of the recipe that may differ (``--allow-change KEY``).
 
     Raises:
-        CheckpointError: recipe or classes differ.
+        CheckpointError: recipe, classes or teacher differ.
     """
     check_recipe(config, payload, path, allowed)
     check_classes(metadata["classes"], payload, path)
     if "DATA.HOLDOUT" not in allowed:
         check_held_out(metadata.get("held_out"), payload, path)
+    teachers = payload.get("teacher"), metadata.get("teacher")
+    if None not in teachers and teachers[0] != teachers[1] and "TRAIN.DISTILL.TEACHER" not in allowed:
+        raise CheckpointError(
+            f"{path} was trained with another teacher: weights {teachers[0]} there, {teachers[1]} here (allow with "
+            "--allow-change TRAIN.DISTILL.TEACHER)"
+        )
     then, now = payload.get("num_samples", metadata["num_samples"]), metadata["num_samples"]
     if then != now:
         logger.warning(

@@ -280,6 +280,7 @@ STATE = record(
         "num_samples": integer(1),
         "held_out": text(100),
         "preprocessing": PREPROCESSING,
+        "teacher": text(200),
     },
     exact=False,
 )

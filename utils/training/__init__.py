@@ -1,6 +1,7 @@
 """What trains and is measured: optimizer, schedule, losses, precision, evaluation, records."""
 
 from utils.training.batchnorm import averaged_batchnorm, batchnorm_buffers
+from utils.training.distillation import Teacher
 from utils.training.evaluation import EvalResult, evaluate, measure_throughput
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion, class_weights
@@ -38,6 +39,7 @@ __all__ = [
     "record_epoch",
     "RunningMeans",
     "scaled_learning_rates",
+    "Teacher",
     "TrainState",
     "trim_metrics",
     "UpdateTimer",

@@ -103,14 +103,15 @@ def _log_groups(groups: list[dict], weight_decay: float) -> None:
 
 def _build_timm(name: str, groups: list[dict], lr: float, options: dict[str, Any]) -> Optimizer:
     """Build one of timm's optimizers with its own defaults, but for ``options``."""
+    known = inspect.signature(get_optimizer_class(name, bind_defaults=False).__init__).parameters
+    names = sorted(set(known) - {"self", "params", "lr", "weight_decay", "defaults"})
+    problem = "" if options.keys() <= set(names) else f"it knows {', '.join(names)}"
     try:
-        return create_optimizer_v2(groups, opt=name, lr=lr, **options)
+        if not problem:  # timm would leave out some arguments that the optimizer does not know, without a word
+            return create_optimizer_v2(groups, opt=name, lr=lr, **options)
     except (TypeError, ValueError, AssertionError) as error:
-        known = inspect.signature(get_optimizer_class(name, bind_defaults=False).__init__).parameters
-        names = ", ".join(sorted(set(known) - {"self", "params", "lr", "weight_decay", "defaults"}))
-        raise ValueError(
-            f"TRAIN.OPTIMIZER.NAME {name} refuses TRAIN.OPTIMIZER.OPTIONS {options}: {error}; it knows {names}"
-        ) from error
+        problem = str(error)
+    raise ValueError(f"TRAIN.OPTIMIZER.NAME {name} refuses TRAIN.OPTIMIZER.OPTIONS {options}: {problem}")
 
 
 def is_fused(optimizer: Optimizer) -> bool:

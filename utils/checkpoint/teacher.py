@@ -1,0 +1,115 @@
+"""The teacher of a distillation, from a checkpoint of this project, another file, or timm."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from utils.checkpoint.archive import tensor_crc
+from utils.checkpoint.files import load_checkpoint, payload_digest, resolve_source
+from utils.checkpoint.resume import check_classes, class_names
+from utils.checkpoint.weights import load_weights
+from utils.config import parse_config
+from utils.errors import CheckpointError, RunError, one_line
+from utils.runtime import once_per_machine, streams_restored
+from utils.training import Teacher
+
+logger = logging.getLogger(__name__)
+
+Remap = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def load_teacher(
+    config: CfgNode,
+    device: torch.device,
+    metadata: dict[str, Any],
+    *,
+    build: Callable[[CfgNode, int], nn.Module],
+    remap: Remap,
+) -> Teacher | None:
+    """Load the teacher of ``TRAIN.DISTILL``; None without distillation. The random streams are left alone. Collective.
+
+    A checkpoint of this project says itself what network it holds. Any other file needs ``TRAIN.DISTILL.TIMM_NAME``.
+
+    Args:
+        config: this run's config.
+        device: where it computes.
+        metadata: this run's ``checkpoint_metadata``: its classes and its preprocessing are read.
+        build: makes the model of a config and a number of classes (``models.build_model``).
+        remap: turns published names into the model's (``models.from_published``).
+
+    Raises:
+        FileNotFoundError, ValueError, CheckpointError, RunError: the teacher cannot be had, or is for other classes.
+    """
+    distill = config.TRAIN.DISTILL
+    if distill.KIND == "none":
+        return None
+    path = resolve_source(distill.TEACHER) if distill.TEACHER else None
+    with streams_restored():
+        if distill.TIMM_NAME:
+            model, theirs = _from_timm(config, path, remap, len(metadata["classes"]))
+        else:
+            model, theirs = _from_checkpoint(path, metadata["classes"], build, remap)
+    num_classes = len(metadata["classes"])
+    count = getattr(model, "num_classes", num_classes)
+    if count != num_classes:
+        raise ValueError(
+            f"the teacher ({path or distill.TIMM_NAME}) knows {count} classes, this run has {num_classes}; it must "
+            "have been trained on the same classes"
+        )
+    digest = payload_digest(dict(model.state_dict()), tensor_crc)
+    ours = metadata["preprocessing"]
+    if len(theirs["mean"]) != len(ours["mean"]):  # timm knows the statistics of RGB alone
+        theirs = {**ours, "img_size": theirs["img_size"]}
+    logger.info("teacher: %s, weights %s, %s", path or distill.TIMM_NAME, digest[:24], distill.KIND)
+    if theirs["img_size"] not in (None, ours["img_size"]):
+        logger.info("the teacher sees the images at %s instead of %s pixels", theirs["img_size"], ours["img_size"])
+    return Teacher(model.to(device), config, digest=digest, ours=ours, theirs=theirs)
+
+
+def _from_checkpoint(
+    path: Path, classes: list[str], build: Callable[[CfgNode, int], nn.Module], remap: Remap
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of one of our checkpoints, its averaged weights if there are any, and its preprocessing."""
+    text = load_checkpoint(path, map_location="meta").get("config")
+    if not isinstance(text, str):
+        raise CheckpointError(
+            f"{path} does not say what network it holds; name it in TRAIN.DISTILL.TIMM_NAME, such as strip_mlp_base"
+        )
+    model = build(parse_config(text, str(path)), len(class_names(str(path))))
+    _, metadata = load_weights(model, str(path), remap=remap, prefer_ema=True)
+    check_classes(classes, metadata, path)
+    return model, metadata["preprocessing"]
+
+
+def _from_timm(config: CfgNode, path: Path | None, remap: Remap, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a network of timm with the weights of a file, or without one its released weights; and its preprocessing.
+
+    Where its input size is not fixed, it sees the images at the size of this run.
+    """
+    name = config.TRAIN.DISTILL.TIMM_NAME
+    options: dict[str, Any] = {"in_chans": config.MODEL.STRIP_MLP.IN_CHANS}
+    options |= {"pretrained": True} if path is None else {"num_classes": num_classes}
+
+    def create() -> nn.Module:
+        try:
+            return timm.create_model(name, **options)
+        except Exception as error:  # whatever timm or the network raises
+            raise RunError(
+                f"TRAIN.DISTILL.TIMM_NAME {name}: timm cannot make this teacher: {one_line(error)}; without access to "
+                "the network, give the file of its weights in TRAIN.DISTILL.TEACHER"
+            ) from error
+
+    if path is None:
+        once_per_machine(create, what=f"fetching the teacher {name}")  # one process downloads, the others find the file
+    model = create()
+    if path is not None:
+        load_weights(model, str(path), remap=remap, prefer_ema=True)
+    known = model.pretrained_cfg
+    size = tuple(known["input_size"][1:]) if known["fixed_input_size"] else None
+    return model, {"mean": known["mean"], "std": known["std"], "img_size": size}
