@@ -62,26 +62,14 @@ def hold_out(source: FileSource, config: CfgNode, *, is_train: bool) -> None:
     """Leave the training part, or the held-out part, in a source of all images.
 
     The list beside the checkpoint of MODEL.RESUME, or in the run's folder, decides which are held out; where there is
-    none, or a new run of that folder has another share or seed, the images are divided anew.
+    none, or it is for other data, or a new run of that folder has another share or seed, the images are divided anew.
 
     Raises:
         ValueError: a class has one image, or images of the list are not there.
     """
     names = [_relative(source.name(index), config) for index in range(len(source.targets))]
-    file = _stored_list(config)
-    listed = read_held_out(file) if file else None
-    same = listed is not None and (listed.share, listed.seed) == (config.DATA.HOLDOUT, config.SEED)
-    if not (same or config.EVAL_MODE or config.MODEL.RESUME):
-        listed = None
-    if listed:
-        held_out = set(listed.images)
-        missing = sorted(held_out - set(names))
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of the {len(held_out)} images that {file} holds out are not in DATA.DATA_PATH "
-                f"{config.DATA.DATA_PATH} ({some(missing)}); put them back, or start another run with --tag NEW"
-            )
-    else:
+    held_out = _stored_list(config, names)
+    if held_out is None:
         held_out = set(choose(names, source.targets, source.classes, config.DATA.HOLDOUT, config.SEED))
     source.keep(np.flatnonzero([(name in held_out) != is_train for name in names]))
 
@@ -129,8 +117,22 @@ def _relative(name: str, config: CfgNode) -> str:
     return name.removeprefix(f"{root.parent if root.is_file() else root}/")
 
 
-def _stored_list(config: CfgNode) -> Path | None:
-    """Return the list that the run, or the checkpoint that it starts from, goes by; None if there is none yet."""
+def _stored_list(config: CfgNode, names: Sequence[str]) -> set[str] | None:
+    """Return what the run, or the checkpoint that it starts from, holds out; None if no list for these data decides."""
     source = config.MODEL.RESUME or (config.MODEL.PRETRAINED if config.EVAL_MODE else "")
     folders = ([Path(source).parent] if source else []) + ([] if config.EVAL_MODE else [run_folder(config)])
-    return next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
+    file = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
+    if file is None:
+        return None
+    listed = read_held_out(file)
+    is_new_run = not source and (listed.share, listed.seed) != (config.DATA.HOLDOUT, config.SEED)
+    held_out = set(listed.images)
+    missing = sorted(held_out - set(names))
+    if is_new_run or len(missing) == len(held_out):
+        return None
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(held_out)} images that {file} holds out are not in DATA.DATA_PATH "
+            f"{config.DATA.DATA_PATH} ({some(missing)}); put them back, or start another run with --tag NEW"
+        )
+    return held_out

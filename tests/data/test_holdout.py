@@ -97,6 +97,13 @@ def test_the_stored_list_decides(images: Path) -> None:
     assert parts(config_for(images, SEED=5))[1] != held_out  # another run in the same folder
 
 
+def test_the_list_of_other_data_does_not_count(images: Path, tmp_path: Path) -> None:
+    store(config_for(images))
+    other = write_folder(tmp_path / "other", ("ant", "bee"), count=5)
+    config = config_for(other, EVAL_MODE=True, MODEL__RESUME=run_folder(config_for(images)) / "checkpoint_last.pth")
+    assert [len(part) for part in parts(config)] == [6, 4]
+
+
 def test_a_list_that_does_not_fit(images: Path) -> None:
     config = config_for(images)
     store(config)
