@@ -10,8 +10,8 @@ of these layers, and the position tables. With U the resize of a row (or column)
   old one at these positions scaled so that the corners of the two maps meet. For squares this is linear interpolation
   at ``(w' - h') (H - 1) / (H' - 1)``.
 
-Another size thus only changes the ruler: what is lost is that a tap still reaches the neighbouring row, which is now
-nearer or farther, and so do all depthwise convolutions.
+What is lost: a tap still reaches the neighbouring row, and a depthwise convolution as many tokens as before, which are
+another part of the image.
 
 The stem is adapted to other channels by timm's ``adapt_input_conv``.
 """
@@ -57,14 +57,16 @@ def resample_mixing(weight: Tensor, bias: Tensor, new: int) -> tuple[Tensor, Ten
 
 def table_matrix(old: Size, new: Size) -> Tensor:
     """Return the matrix, float64 (H' + W' - 1, H + W - 1), that resamples a position table without its outer rows."""
-    rows, columns = (
-        torch.linspace(0, o - 1, n, dtype=torch.float64, device="cpu") for o, n in zip(old, new, strict=True)
-    )
-    place = columns - rows[:, None] + old[0] - 1  # (H', W'), where the old table is read
-    hats = (1 - (place[..., None] - torch.arange(sum(old) - 1)).abs()).clamp(min=0)  # (H', W', H + W - 1)
-    diagonal = torch.arange(new[1]) - torch.arange(new[0])[:, None] + new[0] - 1  # (H', W'), the row of the new table
-    total = hats.new_zeros(sum(new) - 1, sum(old) - 1).index_add(0, diagonal.flatten(), hats.flatten(0, 1))
-    return total / total.sum(dim=1, keepdim=True)
+    with torch.device("cpu"):
+        rows, columns = (torch.linspace(0, o - 1, n, dtype=torch.float64) for o, n in zip(old, new, strict=True))
+        number = torch.arange(new[1]) - torch.arange(new[0])[:, None] + new[0] - 1  # (H', W'), row of the new table
+        matrix = torch.zeros(sum(new) - 1, sum(old) - 1, dtype=torch.float64)
+    place = columns - rows[:, None] + old[0] - 1  # (H', W'), where the old table is read, between two of its rows
+    last = sum(old) - 2
+    low = place.long().clamp(0, last)
+    matrix.index_put_((number, low), 1 - (place - low), accumulate=True)
+    matrix.index_put_((number, (low + 1).clamp(max=last)), place - low, accumulate=True)
+    return matrix / matrix.sum(dim=1, keepdim=True)
 
 
 def resample_table(table: Tensor, old: Size, new: Size) -> Tensor:
@@ -165,12 +167,9 @@ def _adapt_stem(weights: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[s
     for name in (names,) if isinstance(names, str) else names:
         key = f"{name}.weight"
         own, theirs = model.state_dict().get(key), weights.get(key)
-        if own is None or theirs is None or not own.dim() == theirs.dim() == 4 or own.shape[1] == theirs.shape[1]:
+        if own is None or theirs is None or not own.dim() == theirs.dim() == 4:
             continue
-        if theirs.shape[1] != STEM_CHANNELS:
-            changes.append(
-                f"{key} takes {theirs.shape[1]} channels in the file; only a stem of {STEM_CHANNELS} is adapted"
-            )
+        if own.shape[1] == theirs.shape[1] or theirs.shape[1] != STEM_CHANNELS:
             continue
         adapted[key] = adapt_input_conv(own.shape[1], theirs)
         changes.append(f"stem {key} adapted from {STEM_CHANNELS} to {own.shape[1]} channels")

@@ -124,6 +124,8 @@ def finished_file(folder: Path, source: Source, transform: EvalResize) -> Path:
     modification times, the transform, and the version of the library that resizes.
     """
     metadata = {"format": 1, "images": source.fingerprint(), **transform.metadata()}
+    if source.channels != 3:
+        metadata["channels"] = source.channels
     key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:24]
     return folder / f"val_{key}.npy"
 

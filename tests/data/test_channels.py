@@ -254,6 +254,14 @@ def test_batches_of_any_channels_and_of_rectangles(tmp_path, channels):
         assert torch.equal(again[0], images)
 
 
+def test_grey_and_colour_have_caches_of_their_own(tmp_path):
+    keys = {"DATA__DATA_PATH": write_splits(tmp_path / "rgb"), "DATA__VAL_CACHE": tmp_path / "cache"}
+    for channels in (3, 1):
+        dataset = build_dataset(data_config(**keys, MODEL__STRIP_MLP__IN_CHANS=channels), is_train=False)
+        assert dataset[0][0].shape == (40, 40, channels)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_an_image_without_the_channels_is_named(tmp_path):
     keys = {"DATA__DATA_PATH": write_splits(tmp_path), "MODEL__STRIP_MLP__IN_CHANS": 4, **PLAIN}
     dataset = build_dataset(data_config(**keys), is_train=False)

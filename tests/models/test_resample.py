@@ -108,7 +108,17 @@ def test_the_same_size_changes_nothing_to_the_bit() -> None:
     assert fit_weights(before, network) == (before, [])
 
 
-def as_onnx(form: nn.Module, images: Tensor, path: Path) -> np.ndarray:
+def randomised_statistics(network: StripMLPNet) -> StripMLPNet:
+    """Return the network with other statistics than those of a fresh one, the same each time."""
+    torch.manual_seed(0)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean, std=0.1)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return network
+
+
+def onnx_scores(form: nn.Module, images: Tensor, path: Path) -> np.ndarray:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.onnx.export(form, (images,), dynamo=True, optimize=False, verbose=False, input_names=["images"]).save(path)
@@ -118,8 +128,7 @@ def as_onnx(form: nn.Module, images: Tensor, path: Path) -> np.ndarray:
 
 @torch.no_grad()
 @other_sizes
-def test_network_of_another_size(size: tuple[int, int], tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def test_network_of_another_size(size: tuple[int, int]) -> None:
     network = randomised_statistics(small_network())
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     other = small_network(size)
@@ -130,9 +139,22 @@ def test_network_of_another_size(size: tuple[int, int], tmp_path: Path) -> None:
     assert torch.equal(network(images), expected)
     assert network.img_size == quarter(size)
     torch.testing.assert_close(accelerate(network, torch.device("cpu"))(images), expected)
-    form = network.to_inference()
-    torch.testing.assert_close(form(images), expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(as_onnx(form, images, tmp_path / "x.onnx"), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(network.to_inference()(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def sometimes(size: tuple[int, int]) -> object:
+    """Export a smaller, a larger and a rectangular size every time, the others with the long tests."""
+    return size if size in ((160, 160), (288, 288), (256, 320)) else pytest.param(size, marks=pytest.mark.faults)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", list(map(sometimes, OTHERS)), ids=str)
+def test_onnx_of_another_size(size: tuple[int, int], tmp_path: Path) -> None:
+    network = randomised_statistics(small_network())
+    network.set_input_size(quarter(size))
+    images = torch.randn(2, 3, *quarter(size))
+    scores = onnx_scores(network.to_inference(), images, tmp_path / "network.onnx")
+    np.testing.assert_allclose(scores, network(images), rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture
@@ -181,6 +203,16 @@ def test_timm_knows_the_size_that_was_set(weight_file: Path) -> None:
     assert model.img_size == (64, 80)
 
 
+def test_shapes_alone_can_be_resampled() -> None:
+    with torch.device("meta"):
+        network, other = small_network(), small_network((256, 320))
+        network.set_input_size(quarter((256, 320)))
+        weights, _ = fit_weights(small_network().state_dict(), other)
+    for state in (network.state_dict(), weights):
+        assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in other.state_dict().items()}
+        assert all(value.is_meta for value in state.values())
+
+
 def test_what_set_input_size_keeps() -> None:
     model = tiny_network().double()
     model.stages[0].requires_grad_(False)
@@ -211,11 +243,11 @@ def test_the_stem_of_a_timm_model_is_adapted() -> None:
     assert fit_weights(weights, nn.Linear(2, 2)) == (weights, [])
 
 
-def test_a_stem_of_other_channels_is_left_and_named() -> None:
+def test_a_stem_of_other_channels_is_left() -> None:
     weights = tiny_network(in_chans=4).state_dict()
     fitted, changes = fit_weights(weights, tiny_network())
     assert fitted["patch_embed.weight"] is weights["patch_embed.weight"]
-    assert "takes 4 channels in the file" in changes[0]
+    assert changes == []
 
 
 @pytest.mark.parametrize("entry", ("row_mix.mix.weight", "column_mix.mix.bias", "row_position.table"))
@@ -226,11 +258,3 @@ def test_blocks_that_do_not_fit_themselves_are_left(entry: str) -> None:
         given = {**weights, name: broken}
         fitted = resample_weights(given, model)
         assert all(fitted[key] is given[key] for key in given if key.startswith("stages.0."))
-
-
-def randomised_statistics(network: StripMLPNet) -> StripMLPNet:
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean, std=0.1)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return network

@@ -46,6 +46,10 @@ def test_fine_tuning_on_grey_rectangles(tiny, checkpoint, caplog):
         result = tiny.evaluate(folder / "checkpoint_last.pth", *GREY)
     assert result["img_size"] == [32, 64]
     assert not [record for record in caplog.records if "preprocessing" in record.message]
+    with pytest.raises(SystemExit):
+        tiny.evaluate(folder / "checkpoint_last.pth")
+    assert "its stem takes images of 1 channels, this model 3; only one for 3 channels is adapted" in caplog.text
+    assert "set MODEL.STRIP_MLP.IN_CHANS 1" in caplog.text
 
 
 def test_a_run_continues_on_rectangles(tiny):

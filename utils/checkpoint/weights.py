@@ -328,6 +328,13 @@ def _head_keys(model: nn.Module) -> set[str]:
     return {f"{prefix}.{name}" for name in classifier.state_dict()} if prefix else set()
 
 
+def _differ_in_channels(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
+    """Return whether two convolution weights differ in their input channels alone."""
+    return (
+        len(theirs) == len(ours) == 4 and theirs[1] != ours[1] and (*theirs[:1], *theirs[2:]) == (*ours[:1], *ours[2:])
+    )
+
+
 def _check_report(
     report: LoadReport, path: Path, *, head: set[str], replace_head: bool, sizes: tuple[tuple[int, ...], ...]
 ) -> None:
@@ -342,6 +349,11 @@ def _check_report(
         count = next((f" ({theirs[0]})" for theirs, _ in report.reshaped.values()), "")
         advice = (
             f"only the classifier differs: set MODEL.NUM_CLASSES to the file's{count}, or fine-tune with --pretrained"
+        )
+    elif stem := next((pair for pair in report.reshaped.values() if _differ_in_channels(*pair)), None):
+        advice = (
+            f"its stem takes images of {stem[0][1]} channels, this model {stem[1][1]}; only one for 3 channels is "
+            f"adapted: set MODEL.STRIP_MLP.IN_CHANS {stem[0][1]}"
         )
     elif sizes[0] and any(sizes[1]) and sizes[0] != sizes[1]:
         advice = (

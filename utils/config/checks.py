@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from utils.config.facts import FILE_DATASETS, FOLDER_DATASETS, as_pair, normalisation, odd_batch_problem
+from utils.config.facts import FILE_DATASETS, FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem
 from utils.config.keys import KEYS, flatten, value_of
 from utils.config.policy import policy_problem
 from utils.config.values import read_arguments
@@ -75,10 +75,10 @@ def _check_parts(config: CfgNode) -> Iterator[Problem]:
     """Check the keys of held-out images and of classes of unequal size."""
     data, train = config.DATA, config.TRAIN
     if data.HOLDOUT and (data.DATASET not in FILE_DATASETS or data.ZIP_MODE):
-        what = "read from archives" if data.ZIP_MODE else f"{data.DATASET}, which has a validation set"
+        what = "DATA.ZIP_MODE (--zip) reads archives" if data.ZIP_MODE else f"{data.DATASET} has a validation set"
         yield Problem(
             ("DATA.HOLDOUT", "DATA.DATASET", "DATA.ZIP_MODE"),
-            f"DATA.HOLDOUT divides image folders and CSV files, but DATA.DATASET is {what}; set DATA.HOLDOUT 0",
+            f"DATA.HOLDOUT divides image folders and CSV files, but {what}; set DATA.HOLDOUT 0",
         )
     if train.CLASS_WEIGHTS == "balanced" and data.SAMPLER == "balanced":
         yield Problem(
@@ -100,8 +100,8 @@ def _check_parts(config: CfgNode) -> Iterator[Problem]:
 
 def _check_channels(config: CfgNode) -> Iterator[Problem]:
     channels, aug = config.MODEL.STRIP_MLP.IN_CHANS, config.AUG
-    for key, values in zip(("DATA.MEAN", "DATA.STD"), normalisation(config), strict=True):
-        if len(values) != channels:
+    for key, values in channel_values(config).items():
+        if len(values) not in (1, channels):
             yield Problem(
                 (key, "MODEL.STRIP_MLP.IN_CHANS"),
                 f"{key} has {len(values)} values, but MODEL.STRIP_MLP.IN_CHANS is {channels}; give one value, or one "

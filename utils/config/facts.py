@@ -57,15 +57,22 @@ def input_shape(config: CfgNode) -> tuple[int, int, int]:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green, blue
 
 
-def normalisation(config: CfgNode) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel: DATA.MEAN and DATA.STD, with one value repeated.
+def channel_values(config: CfgNode) -> dict[str, tuple[float, ...]]:
+    """Return DATA.MEAN and DATA.STD by name, one value for each channel or one for all.
 
     Images that are not RGB get the average of ImageNet's values, as in timm, unless the keys say otherwise.
     """
+    rgb = config.MODEL.STRIP_MLP.IN_CHANS == len(IMAGENET_MEAN)
+    defaults = {"DATA.MEAN": IMAGENET_MEAN, "DATA.STD": IMAGENET_STD}
+    given = {"DATA.MEAN": tuple(config.DATA.MEAN), "DATA.STD": tuple(config.DATA.STD)}
+    return {
+        name: (sum(values) / len(values),) if values == defaults[name] and not rgb else values
+        for name, values in given.items()
+    }
+
+
+def normalisation(config: CfgNode) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel."""
     channels = config.MODEL.STRIP_MLP.IN_CHANS
-    both = []
-    for values, rgb in ((config.DATA.MEAN, IMAGENET_MEAN), (config.DATA.STD, IMAGENET_STD)):
-        if channels != len(rgb) and tuple(values) == rgb:
-            values = (sum(rgb) / len(rgb),)
-        both.append(tuple(values) * channels if len(values) == 1 else tuple(values))
-    return tuple(both)
+    mean, std = (values * channels if len(values) == 1 else values for values in channel_values(config).values())
+    return mean, std

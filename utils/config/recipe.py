@@ -5,7 +5,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.facts import mixes, normalisation
+from utils.config.facts import channel_values, mixes
 from utils.config.keys import KEYS, default_config, flatten, value_of
 from utils.config.policy import clipped_magnitude
 
@@ -112,12 +112,12 @@ def config_notices(config: CfgNode) -> list[str]:
 
 
 def _averaged_notices(config: CfgNode) -> Iterator[str]:
-    for name, values in zip(("DATA.MEAN", "DATA.STD"), normalisation(config), strict=True):
-        given = value_of(config, name)
-        if len(set(values)) == 1 and len(given) > 1 and tuple(given) != values:
+    for name, values in channel_values(config).items():
+        given = tuple(value_of(config, name))
+        if given != values:
             yield (
-                f"{name} is {given}, ImageNet's for RGB images; those of {len(values)} channel(s) take its average "
-                f"{values[0]:.4g} (set {name} to one value, or one for each channel)"
+                f"{name} is {given}, ImageNet's for RGB images; those of {config.MODEL.STRIP_MLP.IN_CHANS} channel(s) "
+                f"take its average {values[0]:.4g} (set {name} to one value, or one for each channel)"
             )
 
 
