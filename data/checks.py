@@ -41,6 +41,8 @@ def check_data(
             problems += [f"{part}: {problem}" for problem in found]
     if train_dataset is not None and val_dataset is not None:
         problems += _difference_problems(train_dataset.classes, val_dataset.classes)
+        if config.DATA.DATASET == "csv":
+            _warn_of_shared_images(train_dataset, val_dataset)
     if train_dataset is not None:
         problems += _batch_problems(config, len(train_dataset))
     if ImageFile.LOAD_TRUNCATED_IMAGES:
@@ -48,6 +50,19 @@ def check_data(
     if problems:
         where = f"DATA.DATASET {config.DATA.DATASET!r}, DATA.DATA_PATH {config.DATA.DATA_PATH!r}"
         raise ValueError(f"the data cannot be used ({where}):\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _warn_of_shared_images(train: ImageDataset, val: ImageDataset) -> None:
+    """Warn where images are for training and for validation, which folders cannot be but lists of files can."""
+    names = {train.sample_name(index) for index in range(len(train))}
+    shared = [name for name in map(val.sample_name, range(len(val))) if name in names]
+    if shared:
+        logger.warning(
+            "%d of the %d validation images are training images too (%s): the results will look too good",
+            len(shared),
+            len(val),
+            some(shared),
+        )
 
 
 def describe_classes(dataset: ImageDataset) -> str:

@@ -71,20 +71,23 @@ def read_rows(file: Path) -> list[Row]:
     if not any(line.strip() for line in lines):
         raise ValueError(f"{file} is empty; expected the header {','.join(COLUMNS)}, then one image a line")
     separator = max(_SEPARATORS, key=lines[0].count)
-    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
-    header = [name.strip().lower() for name in next(reader)]
-    if not set(COLUMNS) <= set(header):
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        header, *table = [(cells, reader.line_num) for cells in reader]
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}: {error}; is a quote left open above?") from error
+    columns = [name.strip().lower() for name in header[0]]
+    if not set(COLUMNS) <= set(columns):
         raise ValueError(f"{file}: the first line is {lines[0]!r}, not the header {','.join(COLUMNS)}")
-    places = [header.index(name) for name in COLUMNS]
+    places = [columns.index(name) for name in COLUMNS]
     rows = []
-    for cells in reader:
+    for cells, line in table:
         if any(cell.strip() for cell in cells):
             path, label = (cells[place].strip() if place < len(cells) else "" for place in places)
             if not path or not label:
-                raise ValueError(
-                    f"{file}, line {reader.line_num}: no {'label' if path else 'path'} in {separator.join(cells)!r}"
-                )
-            rows.append(Row(os.path.normpath(path.replace("\\", "/")), label, reader.line_num))
+                what = "label" if path else "path"
+                raise ValueError(f"{file}, line {line}: no {what} in {separator.join(cells)!r}")
+            rows.append(Row(os.path.normpath(path.replace("\\", "/")), label, line))
     if not rows:
         raise ValueError(f"{file} lists no images: there is no line after the header")
     _refuse_repeated(file, rows)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from data import check_data
 from data.build import build_dataset
 from tests.builders import data_config
 from tests.images import CLASSES, write_folder
@@ -55,6 +56,17 @@ def test_validation_file_takes_the_training_classes(images: Path) -> None:
     (images / "val.csv").unlink()
 
 
+def test_an_image_in_both_files_is_warned_about(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for part in ("train", "val"):
+        (images / f"{part}.csv").write_text(f"path,label\ncat/0.jpg,cat\ndog/{len(part)}.jpg,dog\n")
+    (images / "dog" / "5.jpg").write_bytes((images / "dog" / "0.jpg").read_bytes())
+    (images / "dog" / "3.jpg").write_bytes((images / "dog" / "0.jpg").read_bytes())
+    config = data_config(DATA__DATASET="csv", DATA__DATA_PATH=images, MODEL__NUM_CLASSES=0, DATA__BATCH_SIZE=2)
+    check_data(config, *(build_dataset(config, is_train=is_train) for is_train in (True, False)))
+    assert "1 of the 2 validation images are training images too" in caplog.text
+    (images / "val.csv").unlink()
+
+
 def test_decoded_images_are_the_same(images: Path) -> None:
     text = "path,label\nemu/1.jpg,emu\ncat/0.jpg,cat\n"
     assert listed(images, text, DATA__CACHE_DECODED="ram") == listed(images, text)
@@ -75,6 +87,7 @@ def test_decoded_images_are_the_same(images: Path) -> None:
             "1 images of 2 that are not there, the first in line 3: .*9",
         ),
         (b"path,label\ncat/0.jpg,caf\xe9\n", "line 2: not utf-8 text"),
+        ('path,label\ncat/0.jpg,"cat\ncat/1.jpg,cat\n', "line 4: unexpected end of data; is a quote left open above"),
     ),
 )
 def test_what_is_wrong_is_named(images: Path, text: str | bytes, message: str) -> None:
