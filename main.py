@@ -21,7 +21,15 @@ from torch.nn.utils import clip_grad_norm_
 from yacs.config import CfgNode
 
 import main_eval
-from data import build_batch_transform, build_train_loader, build_val_loader, check_data, check_transform
+from data import (
+    build_batch_transform,
+    build_train_loader,
+    build_val_loader,
+    check_data,
+    check_transform,
+    describe_classes,
+    held_out_images,
+)
 from models import accelerate, build_model, check_model, fit_weights, from_published, frozen_parts
 from utils.checkpoint import (
     BEST,
@@ -33,7 +41,7 @@ from utils.checkpoint import (
     warn_preprocessing,
     weight_options,
 )
-from utils.config import parse
+from utils.config import parse, short_of_updates
 from utils.runtime import Run, StopRequest, start_run, torch_random_state
 from utils.session import Batch, Objective, Session, located_errors, update_groups
 from utils.training import (
@@ -49,6 +57,7 @@ from utils.training import (
     build_precision,
     build_scheduler,
     check_compiler,
+    class_weights,
     compile_and_warm_up,
     epoch_row,
     evaluate,
@@ -85,11 +94,15 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
         allow_change: keys of the recipe that may differ from the checkpoint's (``--allow-change KEY``).
     """
     config, run = session.config, session.run
+    log_data(session)
     model, state = build_training(session)
     load_starting_point(state, session, allow_change)
     progress = state.progress
     run.write_recipe(config)
     if run.is_main:
+        held_out = held_out_images(config, session.val_loader.dataset)
+        if held_out is not None:
+            held_out.write(run.output_dir)
         trim_metrics(run.output_dir / "metrics.jsonl", progress.epoch)
     session.check_free_space(state)
     session.stop.begin_training()
@@ -117,16 +130,12 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     loader = build_train_loader(config, device=run.device)
     val_loader = build_val_loader(config, device=run.device)
     check_data(config, loader.dataset, val_loader.dataset)
-    transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank)
-    metadata = checkpoint_metadata(config, loader.dataset.classes, len(loader.dataset))
+    dataset, num_classes = loader.dataset, len(loader.dataset.classes)
+    transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank, num_classes=num_classes)
+    weights = class_weights(config, dataset.targets, num_classes)
+    held_out = held_out_images(config, val_loader.dataset)
+    metadata = checkpoint_metadata(config, dataset.classes, len(dataset), held_out and held_out.digest)
     teacher = load_teacher(config, run.device, metadata, build=build_model, remap=from_published)
-    logger.info(
-        "data: %s, %d training and %d validation samples in %d classes",
-        config.DATA.DATASET,
-        len(loader.dataset),
-        len(val_loader.dataset),
-        len(loader.dataset.classes),
-    )
     return Session(
         config=config,
         run=run,
@@ -135,7 +144,7 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
         val_loader=val_loader,
         transform=transform,
         val_transform=build_batch_transform(config, is_train=False, device=run.device, rank=run.rank),
-        criterion=build_criterion(config, soft_targets=transform.mixes),
+        criterion=build_criterion(config, soft_targets=transform.mixes, weights=weights).to(run.device),
         teacher=teacher,
         store=CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP),
         stop=stop,
@@ -143,10 +152,28 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     )
 
 
+def log_data(session: Session) -> None:
+    """Log the size of the data and of its classes, and warn where the recipe is made for far more images."""
+    config, dataset = session.config, session.loader.dataset
+    logger.info(
+        "data: %s, %d training and %d validation samples in %d classes%s%s",
+        config.DATA.DATASET,
+        len(dataset),
+        len(session.val_loader.dataset),
+        len(dataset.classes),
+        "" if config.MODEL.NUM_CLASSES else " (MODEL.NUM_CLASSES 0: the head has as many outputs)",
+        f"; held out by DATA.HOLDOUT {config.DATA.HOLDOUT:g}" if config.DATA.HOLDOUT else "",
+    )
+    logger.info("training images of each class: %s", describe_classes(dataset))
+    warning = short_of_updates(config, len(dataset), session.updates_per_epoch)
+    if warning:
+        logger.warning("%s", warning)
+
+
 def build_training(session: Session) -> tuple[DistributedDataParallel, TrainState]:
     """Build the model, its distributed wrapper and what trains it; the state holds the bare model."""
     config, run, precision = session.config, session.run, session.precision
-    model = accelerate(build_model(config).to(run.device), run.device)
+    model = accelerate(build_model(config, len(session.metadata["classes"])).to(run.device), run.device)
     ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN)
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)

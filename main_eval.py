@@ -18,9 +18,18 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
-from data import build_batch_transform, build_val_loader, check_data, check_transform
+from data import build_batch_transform, build_val_loader, check_data, check_transform, held_out_images
 from models import build_model, check_model, fit_weights, from_published, inference_form
-from utils.checkpoint import class_columns, load_weights, resolve_source, sha256, warn_preprocessing, weight_options
+from utils.checkpoint import (
+    check_held_out,
+    class_columns,
+    class_names,
+    load_weights,
+    resolve_source,
+    sha256,
+    warn_preprocessing,
+    weight_options,
+)
 from utils.config import input_shape, parse
 from utils.runtime import Run, StopRequest, start_run, write_text_atomic
 from utils.training import EvalResult, build_precision, evaluate, measure_throughput
@@ -63,7 +72,8 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
     check_transform(config)
     check_model(config, process.device, training=False)
     loader = build_val_loader(config, device=process.device)
-    model = build_model(config).to(process.device)
+    classes = () if config.MODEL.NUM_CLASSES else (class_names(source) or loader.dataset.classes)
+    model = build_model(config, len(classes)).to(process.device)
     _, metadata = load_weights(
         model,
         source,
@@ -73,7 +83,9 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
         require_ema=weights == "ema",
         **weight_options(config),
     )
-    columns = class_columns(loader.dataset.classes, metadata, source, config.MODEL.NUM_CLASSES)
+    columns = class_columns(loader.dataset.classes, metadata, source, config.MODEL.NUM_CLASSES or len(classes))
+    held_out = held_out_images(config, loader.dataset)
+    check_held_out(held_out and held_out.digest, metadata, source)
     check_data(config, None, loader.dataset, subset=columns is not None)
     warn_preprocessing(config, metadata, source, model)
     transform = build_batch_transform(config, is_train=False, device=process.device, rank=process.rank)
@@ -86,12 +98,23 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
             autocast=build_precision(config, process.device).autocast,
             columns=columns,
         )
-    top5 = f", top-5 {result.acc5:.2f} %" if len(loader.dataset.classes) > 5 else ""
-    logger.info(
-        "%s: top-1 %.2f %%%s, loss %.4f on %d samples", source, result.acc1, top5, result.loss, result.num_samples
-    )
+    log_result(result, source, num_classes=len(loader.dataset.classes))
     if process.is_main:
         write_result(config, process, result, source)
+
+
+def log_result(result: EvalResult, source: str, *, num_classes: int) -> None:
+    """Log the result; top-5 only where it says something."""
+    top5 = f", top-5 {result.acc5:.2f} %" if num_classes > 5 else ""
+    logger.info(
+        "%s: top-1 %.2f %%%s, balanced accuracy %.2f %%, loss %.4f on %d samples",
+        source,
+        result.acc1,
+        top5,
+        result.balanced_acc1,
+        result.loss,
+        result.num_samples,
+    )
 
 
 def write_result(config: CfgNode, process: Run, result: EvalResult, source: str) -> None:

@@ -1,14 +1,20 @@
 """Data: sources of images, transforms, sampling order, loaders and what happens to a batch on the device."""
 
 from data.build import build_dataset, build_train_loader, build_val_loader
-from data.checks import check_data
+from data.checks import check_data, describe_classes
+from data.dataset import ImageDataset
 from data.images.batch import build_batch_transform
 from data.images.decode import decode_image, jpeg_complaint
 from data.images.transforms import check_transform
 from data.loading.collate import collate
+from data.loading.loader import ImageLoader
+from data.sources.holdout import HeldOut, held_out_images
 from data.sources.listing import expanded_path, list_images, read_image_file
 
 __all__ = [
+    "HeldOut",
+    "ImageDataset",
+    "ImageLoader",
     "build_batch_transform",
     "build_dataset",
     "build_train_loader",
@@ -17,7 +23,9 @@ __all__ = [
     "check_transform",
     "collate",
     "decode_image",
+    "describe_classes",
     "expanded_path",
+    "held_out_images",
     "jpeg_complaint",
     "list_images",
     "read_image_file",

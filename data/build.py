@@ -1,6 +1,8 @@
 """From the configuration to data sets and loaders."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from data.dataset import ImageDataset
 from data.images.transforms import build_transform
 from data.loading.loader import ImageLoader
 from data.loading.samplers import EvalShardSampler, TrainSampler
-from data.sources.base import ArraySource, FolderSource, Source
+from data.sources.base import ArraySource, FileSource, FolderSource, Source
 from data.sources.builtin import cifar_source, digits_source
 from data.sources.cached import (
     DecodedSource,
@@ -22,10 +24,12 @@ from data.sources.cached import (
     write_finished,
 )
 from data.sources.classes import order_classes
+from data.sources.csv import CsvSource, csv_classes
+from data.sources.holdout import hold_out
 from data.sources.layout import check_layout
 from data.sources.listing import class_folders
 from data.sources.zip import ZipSource
-from utils.config import FOLDER_DATASETS, as_pair
+from utils.config import CIFAR_DATASETS, as_pair
 from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cores
 
 _WRITE_BATCH = 64  # images
@@ -47,24 +51,30 @@ def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageL
         rank=get_rank(),
         world_size=get_world_size(),
         repeats=config.AUG.REPEATS,
+        balance=dataset.targets if config.DATA.SAMPLER == "balanced" else None,
     )
     return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
-def build_val_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:
+def build_val_loader(config: CfgNode, *, device: torch.device | str, of_train: bool = False) -> ImageLoader:
     """Return this process's share of the validation set, in order, without padding; batches as in training.
 
     Of the training set only the class names are looked at, if it is there. ``len(loader.dataset)`` counts the whole
-    validation set.
+    validation set. ``of_train``: the training set instead, prepared as for evaluation.
     """
-    dataset = build_dataset(config, is_train=False)
+    dataset = build_dataset(config, is_train=of_train, augment=False)
     sampler = EvalShardSampler(len(dataset), rank=get_rank(), world_size=get_world_size())
     batch_size = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
     return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
-def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
+def build_dataset(config: CfgNode, *, is_train: bool, augment: bool = True) -> ImageDataset:
     """Return the training or the validation data set of the configuration.
+
+    Args:
+        config: the configuration.
+        is_train: which of the two.
+        augment: prepare training images for training; False: as for evaluation.
 
     Raises:
         ValueError: no DATA.DATA_PATH for a data set that needs it.
@@ -76,7 +86,7 @@ def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
         source = DecodedSource(source)
     elif config.DATA.FAST_RESIZE and source.channels == 3 and not isinstance(source, ArraySource):
         source = ScalableSource(source)
-    transform = build_transform(config, is_train=is_train)
+    transform = build_transform(config, is_train=is_train and augment)
     skip_bad = config.DATA.BAD_IMAGES == "skip"
     dataset = ImageDataset(source, transform, seed=config.SEED, skip_bad=skip_bad)
     if config.DATA.VAL_CACHE and not is_train:
@@ -92,18 +102,45 @@ def _build_source(config: CfgNode, *, is_train: bool) -> Source:
         return digits_source(is_train=is_train, **images)
     if not data.DATA_PATH:
         raise ValueError(f"DATA.DATASET {data.DATASET!r} needs DATA.DATA_PATH (--data-path): where are the images?")
-    prefix = "train" if is_train else "val"
-    check_layout(data.DATA_PATH, data.DATASET, zip_mode=data.ZIP_MODE, part=prefix)
-    if data.DATASET not in FOLDER_DATASETS:
+    part = "train" if is_train else "val"
+    if not data.HOLDOUT:
+        check_layout(data.DATA_PATH, data.DATASET, zip_mode=data.ZIP_MODE, part=part)
+    if data.DATASET in CIFAR_DATASETS:
         return cifar_source(data.DATASET, data.DATA_PATH, is_train=is_train, download=data.DOWNLOAD, **images)
     if data.ZIP_MODE:
-        source = ZipSource(data.DATA_PATH, prefix, cache_mode=data.CACHE_MODE, **images)
+        source = ZipSource(data.DATA_PATH, part, cache_mode=data.CACHE_MODE, **images)
     else:
-        folder = Path(data.DATA_PATH)
-        classes = () if is_train else class_folders(folder / "train")  # val/ may lack a class
-        source = FolderSource(folder / prefix, classes=classes, **images)
-    order_classes(source, data.CLASS_ORDER, data.DATA_PATH)
+        source = _file_source(config, part, **images)
+    root = Path(data.DATA_PATH)
+    order_classes(source, data.CLASS_ORDER, root.parent if root.is_file() else root)
+    if data.HOLDOUT:
+        hold_out(source, config, is_train=is_train)
     return source
+
+
+def _file_source(config: CfgNode, part: str, **images: Any) -> FileSource:
+    """Return the images of a folder or a CSV file; of all parts where one is to be held out."""
+    root, holdout = Path(config.DATA.DATA_PATH), config.DATA.HOLDOUT
+    is_csv = config.DATA.DATASET == "csv"
+    known = root / ("val.csv" if is_csv else "val")
+    if holdout and known.exists():
+        raise ValueError(
+            f"DATA.HOLDOUT is {holdout:g}, but there is {known}: set DATA.HOLDOUT 0 to validate on it, or move it away "
+            "to hold out a part of the training images"
+        )
+    if is_csv:
+        train = root if root.is_file() and holdout else root / "train.csv"
+        file = train if holdout else root / f"{part}.csv"
+        return CsvSource(file, classes=_of_train(part, csv_classes, train), **images)
+    train = root / "train"
+    if holdout:
+        return FolderSource(train if train.is_dir() else root, **images)
+    return FolderSource(root / part, classes=_of_train(part, class_folders, train), **images)
+
+
+def _of_train(part: str, classes_of: Callable[[Path], list[str]], train: Path) -> list[str]:
+    """Return the classes of the training set for the validation set, which may lack some of them."""
+    return classes_of(train) if part == "val" else []
 
 
 def _finished_source(dataset: ImageDataset, folder: Path) -> FinishedSource:

@@ -15,6 +15,8 @@ from utils.runtime import get_world_size
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_CLASSES = 10
+
 
 def check_data(
     config: CfgNode,
@@ -39,6 +41,8 @@ def check_data(
             problems += [f"{part}: {problem}" for problem in found]
     if train_dataset is not None and val_dataset is not None:
         problems += _difference_problems(train_dataset.classes, val_dataset.classes)
+        if config.DATA.DATASET == "csv":
+            _warn_of_shared_images(train_dataset, val_dataset)
     if train_dataset is not None:
         problems += _batch_problems(config, len(train_dataset))
     if ImageFile.LOAD_TRUNCATED_IMAGES:
@@ -48,13 +52,41 @@ def check_data(
         raise ValueError(f"the data cannot be used ({where}):\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+def _warn_of_shared_images(train: ImageDataset, val: ImageDataset) -> None:
+    """Warn where images are for training and for validation, which folders cannot be but lists of files can."""
+    names = {train.sample_name(index) for index in range(len(train))}
+    shared = [name for name in map(val.sample_name, range(len(val))) if name in names]
+    if shared:
+        logger.warning(
+            "%d of the %d validation images are training images too (%s): the results will look too good",
+            len(shared),
+            len(val),
+            some(shared),
+        )
+
+
+def describe_classes(dataset: ImageDataset) -> str:
+    """Return how many images each class has, for the log; of many classes, the smallest and the largest."""
+    counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
+    order = np.argsort(-counts, kind="stable").tolist()
+    shown = [f"{dataset.classes[label]} {counts[label]}" for label in order]
+    if len(shown) > _SHOWN_CLASSES:
+        median = f"... (median {np.median(counts):g}) ..."
+        shown = [*shown[: _SHOWN_CLASSES // 2], median, *shown[-(_SHOWN_CLASSES // 2) :]]
+    return ", ".join(shown)
+
+
 def _class_problems(config: CfgNode, dataset: ImageDataset, *, may_lack_classes: bool, subset: bool) -> list[str]:
     problems = []
     classes, targets = dataset.classes, dataset.targets
-    if len(classes) != config.MODEL.NUM_CLASSES and not subset:
+    if config.MODEL.NUM_CLASSES not in (0, len(classes)) and not subset:
         problems.append(
             f"{len(classes)} classes ({some(classes)}), but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
-            f"set MODEL.NUM_CLASSES {len(classes)} or give another DATA.DATA_PATH"
+            f"set MODEL.NUM_CLASSES {len(classes)}, or 0 for the number of the data, or give another DATA.DATA_PATH"
+        )
+    if len(classes) < 2 and not subset:
+        problems.append(
+            f"there is one class, {classes[0]!r}; a classifier needs at least two: a folder, or label, for each"
         )
     composed = Counter(map(_composed, classes))
     twice = [name for name in classes if composed[_composed(name)] > 1]

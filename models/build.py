@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_model(config: "CfgNode") -> nn.Module:
+def build_model(config: "CfgNode", num_classes: int = 0) -> nn.Module:
     """Return the model that the MODEL keys of the config describe, on the CPU, in training mode.
 
     MODEL.DROP_RATE has an effect only where MODEL.DROP is true; TRAIN.USE_CHECKPOINT switches on activation
     checkpointing, TRAIN.FREEZE keeps parts from training.
+
+    Args:
+        config: the configuration.
+        num_classes: outputs of the head; 0 takes MODEL.NUM_CLASSES.
 
     Raises:
         ValueError: if MODEL.TYPE or MODEL.TIMM_NAME is unknown, or the model refuses a value.
@@ -28,7 +32,13 @@ def build_model(config: "CfgNode") -> nn.Module:
     builders = {"strip_mlp_layer": _build_strip_mlp, "timm": _build_timm}
     if config.MODEL.TYPE not in builders:
         raise ValueError(f"MODEL.TYPE is {config.MODEL.TYPE!r}; known: {', '.join(map(repr, builders))}")
-    model = builders[config.MODEL.TYPE](config)
+    num_classes = num_classes or config.MODEL.NUM_CLASSES
+    if not num_classes:
+        raise ValueError(
+            "MODEL.NUM_CLASSES is 0, the number of classes of the data, but here neither data nor class names of a "
+            "checkpoint say how many; set it, for example with --opts MODEL.NUM_CLASSES 10"
+        )
+    model = builders[config.MODEL.TYPE](config, num_classes)
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing(True)
     if config.MODEL.HEAD_INIT_SCALE != 1.0:
@@ -45,13 +55,13 @@ def _drop_rates(config: "CfgNode") -> dict[str, float]:
     }
 
 
-def _build_strip_mlp(config: "CfgNode") -> StripMLPNet:
+def _build_strip_mlp(config: "CfgNode", num_classes: int) -> StripMLPNet:
     strip = config.MODEL.STRIP_MLP
     return StripMLPNet(
         img_size=config.DATA.IMG_SIZE,
         patch_size=strip.PATCH_SIZE,
         in_chans=strip.IN_CHANS,
-        num_classes=config.MODEL.NUM_CLASSES,
+        num_classes=num_classes,
         embed_dim=strip.EMBED_DIM,
         depths=strip.LAYERS,
         mlp_ratio=config.MODEL.ALPHA,
@@ -61,7 +71,7 @@ def _build_strip_mlp(config: "CfgNode") -> StripMLPNet:
     )
 
 
-def _build_timm(config: "CfgNode") -> nn.Module:
+def _build_timm(config: "CfgNode", num_classes: int) -> nn.Module:
     """Return a timm model without pretrained weights, at the config's image size where the model has a fixed one."""
     name = config.MODEL.TIMM_NAME
     if not name or not timm.is_model(name):
@@ -73,7 +83,7 @@ def _build_timm(config: "CfgNode") -> nn.Module:
     if tag and name not in tags:
         known = ", ".join(found.partition(".")[2] for found in tags) or "none"
         raise ValueError(f"MODEL.TIMM_NAME is {name!r}, but timm {timm.__version__} knows no such tag; known: {known}")
-    options: dict[str, Any] = {"num_classes": config.MODEL.NUM_CLASSES, "in_chans": config.MODEL.STRIP_MLP.IN_CHANS}
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": config.MODEL.STRIP_MLP.IN_CHANS}
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options["img_size"] = config.DATA.IMG_SIZE

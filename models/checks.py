@@ -37,7 +37,8 @@ def check_model(config: "CfgNode", device: torch.device, *, training: bool = Tru
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), _silenced(build_model.__module__):
-            model = build_model(config).train(training)
+            num_classes = config.MODEL.NUM_CLASSES or 1  # 0: not known yet, and of little weight
+            model = build_model(config, num_classes).train(training)
             kept = _kept_bytes(model, config, training=training)
     except Exception as error:  # whatever a model of timm raises
         reason = _reason(error)
@@ -79,7 +80,7 @@ def _kept_bytes(model: nn.Module, config: "CfgNode", *, training: bool) -> int:
     batch = torch.empty(config.DATA.BATCH_SIZE, config.MODEL.STRIP_MLP.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
     with torch.set_grad_enabled(training), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         scores = model(batch)
-    if not isinstance(scores, Tensor) or scores.shape != (config.DATA.BATCH_SIZE, config.MODEL.NUM_CLASSES):
+    if not isinstance(scores, Tensor) or scores.shape != (config.DATA.BATCH_SIZE, model.num_classes):
         raise ValueError("it does not return one score per class for each image")
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage()._cdata, None)

@@ -27,7 +27,7 @@ from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
-from data import build_batch_transform, build_dataset, collate
+from data import ImageDataset, build_batch_transform, build_dataset, collate
 from main import accumulate_gradients
 from models import accelerate, build_model, from_published
 from utils.checkpoint import load_teacher, read_training_state
@@ -35,7 +35,7 @@ from utils.config import parse_config
 from utils.errors import CheckpointError
 from utils.runtime import set_random_state, torch_random_state
 from utils.session import Objective
-from utils.training import Progress, build_criterion, build_precision
+from utils.training import Progress, build_criterion, build_precision, class_weights
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Observer:
 
     Args:
         config: of the run.
+        dataset: its training images.
         device: where the update is repeated.
         rank: whose share of the update.
 
@@ -97,9 +98,13 @@ class Observer:
         random_state: the random streams when the model met them; None if the images themselves are not finite.
     """
 
-    def __init__(self, config: CfgNode, *, device: torch.device, rank: int) -> None:
-        self._transform = build_batch_transform(config, is_train=True, device=device, rank=rank)
-        self._criterion = build_criterion(config, soft_targets=self._transform.mixes)
+    def __init__(self, config: CfgNode, dataset: ImageDataset, *, device: torch.device, rank: int) -> None:
+        num_classes = len(dataset.classes)
+        self._transform = build_batch_transform(
+            config, is_train=True, device=device, rank=rank, num_classes=num_classes
+        )
+        weights = class_weights(config, dataset.targets, num_classes)
+        self._criterion = build_criterion(config, soft_targets=self._transform.mixes, weights=weights).to(device)
         self._smoothing = 0.0 if self._transform.mixes else config.MODEL.LABEL_SMOOTHING
         self._met: tuple[Tensor, dict[str, Tensor]] | None = None
         self.losses: list[float] = []
@@ -149,7 +154,7 @@ class Replay:
             )
         self.device = torch.device(device)
         self.dataset = build_dataset(self.config, is_train=True)
-        self.model = accelerate(build_model(self.config).to(self.device), self.device)
+        self.model = accelerate(build_model(self.config, len(self.dataset.classes)).to(self.device), self.device)
         self.model.no_sync = nullcontext  # as of the distributed wrapper; one process has nothing to reduce
         convert_conv2d_weight_memory_format(self.model, torch.channels_last)  # as in training: the order of sums
         self.teacher = load_teacher(self.config, self.device, self.payload, build=build_model, remap=from_published)
@@ -184,7 +189,7 @@ class Replay:
         group = [
             collate([self.dataset[record["epoch"], index] for index in micro.tolist()]) for micro in record["indices"]
         ]
-        observer = Observer(self.config, device=self.device, rank=rank)
+        observer = Observer(self.config, self.dataset, device=self.device, rank=rank)
         objective = Objective(
             config=self.config,
             precision=self.precision,

@@ -82,9 +82,12 @@ class BatchTransform:
 
 
 def build_batch_transform(
-    config: CfgNode, *, is_train: bool, device: torch.device | str, rank: int = 0
+    config: CfgNode, *, is_train: bool, device: torch.device | str, rank: int = 0, num_classes: int = 0
 ) -> BatchTransform:
-    """Return the batch transform of the configuration; in evaluation it only moves and normalises."""
+    """Return the batch transform of the configuration; in evaluation it only moves and normalises.
+
+    ``num_classes``: length of mixed targets; 0 takes MODEL.NUM_CLASSES.
+    """
     aug = config.AUG
     erasing = mixup = None
     if is_train and aug.REPROB > 0:
@@ -98,7 +101,7 @@ def build_batch_transform(
             switch_prob=aug.MIXUP_SWITCH_PROB,
             mode=aug.MIXUP_MODE,
             label_smoothing=config.MODEL.LABEL_SMOOTHING,
-            num_classes=config.MODEL.NUM_CLASSES,
+            num_classes=num_classes or config.MODEL.NUM_CLASSES,
         )
     mean, std = normalisation(config)
     return BatchTransform(

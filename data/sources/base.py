@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -61,38 +61,85 @@ class PackedStrings:
         return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
 
 
-class FolderSource:
+class FileSource:
+    """Image files, each with a label.
+
+    Args:
+        root: folder that the paths are relative to.
+        paths: path of each image.
+        targets: label of each image.
+        classes: class names, in the order of the labels.
+        as_array: decode with the fast decoder where possible (see ``decode_image``).
+        channels: of the images (see ``decode_image``).
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        paths: Sequence[str],
+        targets: Sequence[int],
+        classes: Sequence[str],
+        *,
+        as_array: bool,
+        channels: int = 3,
+    ) -> None:
+        self._prefix = os.path.join(root, "")
+        self._paths = PackedStrings(paths)
+        self.targets = np.array(targets, dtype=np.int64)
+        self.classes = list(classes)
+        self.as_array, self.channels = as_array, channels
+
+    def keep(self, indices: np.ndarray) -> None:
+        """Leave out all images but those of ``indices``."""
+        self._paths = PackedStrings([self._paths[index] for index in indices.tolist()])
+        self.targets = self.targets[indices]
+
+    def name(self, index: int) -> str:
+        return os.path.join(self._prefix, self._paths[index])
+
+    def read(self, index: int) -> bytes:
+        return read_image_file(self.name(index))
+
+    def load(self, index: int) -> Picture:
+        return decode_image(self.read(index), as_array=self.as_array, channels=self.channels)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for index in range(len(self._paths)):
+            status = os.stat(self.name(index))
+            digest.update(f"{self._paths[index]}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="replace"))
+        return digest.hexdigest()
+
+
+class FolderSource(FileSource):
     """Images in ``root/CLASS/...``, in the order of torchvision's ImageFolder (classes in sorted order).
 
     What lies there and is not an image is logged.
 
     Args:
         root: folder with one folder for each class.
-        as_array: decode with the fast decoder where possible (see ``decode_image``).
-        channels: of the images (see ``decode_image``).
         classes: number the classes as in this list, which may name more of them than ``root`` has. A list that lacks
             one of ``root``'s classes is not used.
+        images: ``as_array`` and ``channels`` of ``FileSource``.
 
     Raises:
         FileNotFoundError: no such folder, no class folders, or no images.
         ValueError: a link leads into a folder twice, or something with the name of an image is not a readable file.
     """
 
-    def __init__(self, root: str | Path, *, as_array: bool, channels: int = 3, classes: Sequence[str] = ()) -> None:
+    def __init__(self, root: str | Path, *, classes: Sequence[str] = (), **images: Any) -> None:
         self.root = Path(root)
-        self._prefix = os.path.join(root, "")
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"no folder {self.root}: DATA.DATA_PATH must hold train/CLASS/IMAGE and val/CLASS/IMAGE"
             )
         listing = list_images(self.root)
         self._check(listing)
-        self.classes = list(classes) if set(listing.folders) <= set(classes) else listing.folders
-        numbers = {name: number for number, name in enumerate(self.classes)}
+        classes = classes if set(listing.folders) <= set(classes) else listing.folders
+        numbers = {name: number for number, name in enumerate(classes)}
         paths = [path for path in listing.images if os.sep in path]
-        self.targets = np.array([numbers[path.partition(os.sep)[0]] for path in paths], dtype=np.int64)
-        self._paths = PackedStrings(paths)
-        self.as_array, self.channels = as_array, channels
+        targets = [numbers[path.partition(os.sep)[0]] for path in paths]
+        super().__init__(root, paths, targets, classes, **images)
 
     def _check(self, listing: Listing) -> None:
         for remark in listing.remarks():
@@ -110,22 +157,6 @@ class FolderSource:
             )
         if len(listing.images) == outside:
             raise FileNotFoundError(f"{self.root} has {len(listing.folders)} class folders but no image in them")
-
-    def name(self, index: int) -> str:
-        return self._prefix + self._paths[index]
-
-    def read(self, index: int) -> bytes:
-        return read_image_file(self.name(index))
-
-    def load(self, index: int) -> Picture:
-        return decode_image(self.read(index), as_array=self.as_array, channels=self.channels)
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for index in range(len(self._paths)):
-            status = os.stat(self.name(index))
-            digest.update(f"{self._paths[index]}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="replace"))
-        return digest.hexdigest()
 
 
 class ArraySource:

@@ -25,7 +25,7 @@ def check_layout(folder: str | Path, dataset: str, *, zip_mode: bool, part: str)
     if dataset in CIFAR_DATASETS:
         wanted = folder / CIFAR_FOLDERS[dataset]
     else:
-        wanted = folder / (f"{part}.zip" if zip_mode else part)
+        wanted = folder / (f"{part}.zip" if zip_mode else f"{part}.csv" if dataset == "csv" else part)
     if wanted.exists() or not folder.is_dir():
         return
     hint = _hint(folder, part, is_folder_set=dataset in FOLDER_DATASETS and not zip_mode)
@@ -39,6 +39,8 @@ def _hint(folder: Path, part: str, *, is_folder_set: bool) -> str:
         return "train/ and val/ are: use --dataset folder, without --zip"
     if (folder / "train.zip").is_file():
         return "train.zip is: use --dataset folder --zip"
+    if is_folder_set and (folder / "train.csv").is_file():
+        return "train.csv is: use --dataset csv"
     for dataset, name in CIFAR_FOLDERS.items():
         if (folder / name).is_dir():
             return f"{name} is: use --dataset {dataset}"
@@ -49,10 +51,13 @@ def _hint(folder: Path, part: str, *, is_folder_set: bool) -> str:
             return f"{name}/ is: rename it to {part}"
     if folder.name in _OTHER_NAMES and (folder.parent / part).is_dir():
         return f"give the folder above: --data-path {folder.parent}"
+    if part == "val" and (folder / "train").is_dir():
+        return "only train/ is: hold out a part of it with --opts DATA.HOLDOUT 0.2"
     names = class_folders(folder)
     if not names or {"train", "val"} & set(names):
         return ""
     return (
-        f"folders such as {names[0]!r} are. If these are classes, divide their images first: "
+        f"folders such as {names[0]!r} are. If these are classes, hold out a part of their images with --opts "
+        "DATA.HOLDOUT 0.2, or divide them: "
         f"python categories101_train_val_split.py --source {folder} --target NEW_FOLDER"
     )

@@ -155,7 +155,7 @@ def read_map(file: str | Path) -> MapLines:
         ValueError: another encoding than UTF-8 or UTF-16, a malformed line, or no line; names the file and the line.
     """
     listed = MapLines([], [], [])
-    for number, line in enumerate(_decode_map(Path(file)).split("\n"), start=1):
+    for number, line in enumerate(decode_text(Path(file)).split("\n"), start=1):
         if not line.strip():
             continue
         path, separator, label = line.rpartition("\t")
@@ -172,8 +172,8 @@ def read_map(file: str | Path) -> MapLines:
     return listed
 
 
-def _decode_map(file: Path) -> str:
-    """Return the text of a map file with plain line ends."""
+def decode_text(file: Path) -> str:
+    """Return the text of a UTF-8 or UTF-16 file with plain line ends."""
     data = file.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:

@@ -118,7 +118,7 @@ def test_dump_is_complete_and_loads_again(write):
 
 def test_all_problems_are_reported_at_once(write):
     path = write(
-        "MODEL: {NAEM: x, NUM_CLASSES: 0}\nTRAIN:\n  EPOHCS: 3\n  EPOCHS: 10\nBATCHSIZE: 2\n"
+        "MODEL: {NAEM: x, NUM_CLASSES: -1}\nTRAIN:\n  EPOHCS: 3\n  EPOCHS: 10\nBATCHSIZE: 2\n"
         "DATA: {IMG_SIZE: 100, BATCH_SIZE: 33, DATASET: cifa10}\nBASE: missing.yaml"
     )
     found = problems_of(path, ["TRAIN.AMP", "bf15", "SEED"], {"TRAIN.SAVE_KEEP": "1"})
@@ -130,7 +130,7 @@ def test_all_problems_are_reported_at_once(write):
         ("BATCHSIZE", "BATCH_SIZE?"),
         ("cifa10", "known: imagenet", "CIFAR10"),
         ("bf15", "off, auto, bf16, fp16"),
-        ("MODEL.NUM_CLASSES is 0", "[1, 100000000]"),
+        ("MODEL.NUM_CLASSES is -1", "[0, 100000000]"),
         ("TRAIN.SAVE_KEEP is 1", "[2, inf)"),
         ("DATA.IMG_SIZE is 100", "96 or 128"),
         ("TRAIN.EPOCHS is 10", "TRAIN.WARMUP_EPOCHS, which is 20", str(path)),

@@ -1,5 +1,6 @@
 """Order of the samples: depends on seed and epoch, is shared without overlap, and resumes anywhere."""
 
+import numpy as np
 import pytest
 
 from data.loading.samplers import EvalShardSampler, TrainSampler
@@ -7,11 +8,12 @@ from data.loading.samplers import EvalShardSampler, TrainSampler
 SIZE = 103
 
 
-def shares(world_size, *, batch_size=4, seed=7, epoch=0, seen=0, num_samples=SIZE):
+def shares(world_size, *, batch_size=4, seed=7, epoch=0, seen=0, num_samples=SIZE, **options):
     """The indices that each rank gets."""
     result = []
     for rank in range(world_size):
-        sampler = TrainSampler(num_samples, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        place = {"rank": rank, "world_size": world_size}
+        sampler = TrainSampler(num_samples, batch_size=batch_size, seed=seed, **place, **options)
         sampler.set_progress(epoch, seen)
         keys = list(sampler)
         assert len(keys) == len(sampler)
@@ -80,6 +82,33 @@ def test_evaluation_shards_cover_each_sample_once(world_size, num_samples):
     parts = [EvalShardSampler(num_samples, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert sorted(index for part in parts for index in part) == list(range(num_samples))
     assert [len(list(part)) for part in parts] == [len(part) for part in parts]
+
+
+LABELS = np.repeat([0, 1, 2], (70, 25, SIZE - 95))
+
+
+def balanced(world_size, **options):
+    return shares(world_size, balance=LABELS, **options)
+
+
+def test_balanced_epochs_have_as_many_samples_of_each_class():
+    order = np.array(balanced(1, batch_size=1)[0])
+    counts = np.bincount(LABELS[order % SIZE])
+    assert len(order) == len(set(order.tolist())) == SIZE
+    assert counts.sum() == SIZE
+    assert counts.max() - counts.min() <= 1
+    images = np.bincount(order % SIZE, minlength=SIZE)
+    for label in range(3):
+        used = images[label == LABELS]
+        assert used.max() - used.min() <= 1
+    assert sorted(order[order % SIZE == SIZE - 1] // SIZE) == list(range(images[-1]))  # each time another sample
+
+
+def test_balanced_order_is_resumed_and_shared_exactly():
+    whole = balanced(1)[0]
+    assert balanced(1, seen=8)[0] == whole[8:]
+    assert balanced(1, epoch=1)[0] != whole
+    assert global_order(balanced(2)) == global_order(balanced(1, batch_size=8), 8)
 
 
 def repeated(world_size, *, seen=0, size=12, repeats=3, batch_size=2):

@@ -124,9 +124,8 @@ def test_bases_hold_what_they_are_named_after():
         if path.parent.name == "models":
             assert set(content) == {"MODEL"}
         if path.parent.name == "datasets":
-            own = path.stem == "folder"  # whose number of classes only its owner knows
-            assert set(content) == ({"DATA"} if own else {"DATA", "MODEL"})
-            assert own or set(content["MODEL"]) == {"NUM_CLASSES"}
+            assert set(content) == {"DATA", "MODEL"}
+            assert set(content["MODEL"]) == {"NUM_CLASSES"}
 
 
 def test_requirements_are_ranges_and_constraints_exact():

@@ -63,6 +63,7 @@ def test_evaluation_is_the_same_for_one_and_two_processes(tiny: TinyRun, trained
     both = json.loads((tiny.output / "tiny/both/eval.json").read_text())
     assert alone["num_samples"] == both["num_samples"] == logged["val_samples"] == 9
     assert alone["acc1"] == both["acc1"] == logged["val_acc1"]
+    assert alone["balanced_acc1"] == both["balanced_acc1"] == logged["val_balanced_acc1"]
     assert alone["loss"] == pytest.approx(both["loss"], rel=1e-6)
     assert alone["loss"] == pytest.approx(logged["val_loss"], rel=1e-6)
 

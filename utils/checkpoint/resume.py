@@ -2,15 +2,15 @@
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.checkpoint.files import resolve_source
-from utils.checkpoint.schema import CLASSES, PREPROCESSING, Check, SchemaFault
+from utils.checkpoint.files import load_checkpoint, resolve_source
+from utils.checkpoint.schema import CLASSES, MAX_CONFIG, PREPROCESSING, Check, SchemaFault, text
 from utils.checkpoint.store import CheckpointStore, step_inside
 from utils.config import (
     CROP_RATIO,
@@ -48,18 +48,42 @@ def starting_point(config: CfgNode, store: CheckpointStore) -> Path | None:
     return explicit
 
 
-def checkpoint_metadata(config: CfgNode, classes: Sequence[str], num_samples: int) -> dict[str, Any]:
+def class_names(source: str) -> list[str]:
+    """Return the class names that a checkpoint holds, in the order of its scores; none if it holds no names."""
+    path = resolve_source(source)
+    return list(_own_entry(load_checkpoint(path, map_location="meta"), "classes", CLASSES, path) or ())
+
+
+def saved_config(source: str, overrides: Mapping[str, Any], opts: Sequence[str] = ()) -> CfgNode:
+    """Return the configuration that a checkpoint holds, changed as ``utils.config.parse_config`` does.
+
+    Raises:
+        CheckpointError: the file holds none.
+        ValueError: with all problems of the changed configuration.
+    """
+    path = resolve_source(source)
+    held = _own_entry(load_checkpoint(path, map_location="meta"), "config", text(MAX_CONFIG), path)
+    if not held:
+        raise CheckpointError(f"{path} holds no configuration of this project; name one with --cfg")
+    return parse_config(held, str(path), overrides, opts)
+
+
+def checkpoint_metadata(
+    config: CfgNode, classes: Sequence[str], num_samples: int, held_out: str | None = None
+) -> dict[str, Any]:
     """Return the plain entries that make a checkpoint explain itself: config text, data set, preprocessing.
 
     Args:
         config: frozen config.
         classes: class names, in the order of the labels.
         num_samples: size of the training set.
+        held_out: digest of the list of images that DATA.HOLDOUT keeps from it, if it does.
     """
     return {
         "config": dump_config(config),
         "classes": list(classes),
         "num_samples": num_samples,
+        **({} if held_out is None else {"held_out": held_out}),
         "preprocessing": _preprocessing(config),
     }
 
@@ -99,6 +123,8 @@ def check_continuation(
     """
     check_recipe(config, payload, path, allowed)
     check_classes(metadata["classes"], payload, path)
+    if "DATA.HOLDOUT" not in allowed:
+        check_held_out(metadata.get("held_out"), payload, path)
     teachers = payload.get("teacher"), metadata.get("teacher")
     if None not in teachers and teachers[0] != teachers[1] and "TRAIN.DISTILL.TEACHER" not in allowed:
         raise CheckpointError(
@@ -192,6 +218,25 @@ def _numbers_advice(theirs: Sequence[str], ours: Sequence[str]) -> str:
 
 def _are_numbers(classes: Sequence[str]) -> bool:
     return list(classes) == [str(number) for number in range(len(classes))]
+
+
+def check_held_out(digest: str | None, payload: dict[str, Any], path: Path | str) -> None:
+    """Compare the images that DATA.HOLDOUT holds out with those of a checkpoint, where both hold some out.
+
+    Args:
+        digest: of the list here.
+        payload: the checkpoint's entries.
+        path: its file, for messages.
+
+    Raises:
+        CheckpointError: the lists differ, so that the results would be on images that were trained on.
+    """
+    theirs = _own_entry(payload, "held_out", text(100), path)
+    if digest and theirs and digest != theirs:
+        raise CheckpointError(
+            f"the images that DATA.HOLDOUT holds out are not those of {path}: the data, SEED or DATA.HOLDOUT have "
+            "changed, and the list holdout.json of its run is not beside it; put it there"
+        )
 
 
 def class_columns(classes: Sequence[str], metadata: dict[str, Any], path: Path | str, num_classes: int) -> list | None:

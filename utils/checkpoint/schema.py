@@ -278,6 +278,7 @@ STATE = record(
         "versions": mapping(text(100), either(text(200), integer())),
         "classes": CLASSES,
         "num_samples": integer(1),
+        "held_out": text(100),
         "preprocessing": PREPROCESSING,
         "teacher": text(200),
     },

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from utils.checkpoint.archive import tensor_crc
 from utils.checkpoint.files import load_checkpoint, payload_digest, resolve_source
-from utils.checkpoint.resume import check_classes
+from utils.checkpoint.resume import check_classes, class_names
 from utils.checkpoint.weights import load_weights
 from utils.config import parse_config
 from utils.errors import CheckpointError, RunError, one_line
@@ -30,7 +30,7 @@ def load_teacher(
     device: torch.device,
     metadata: dict[str, Any],
     *,
-    build: Callable[[CfgNode], nn.Module],
+    build: Callable[[CfgNode, int], nn.Module],
     remap: Remap,
 ) -> Teacher | None:
     """Load the teacher of ``TRAIN.DISTILL``; None without distillation. The random streams are left alone. Collective.
@@ -41,7 +41,7 @@ def load_teacher(
         config: this run's config.
         device: where it computes.
         metadata: this run's ``checkpoint_metadata``: its classes and its preprocessing are read.
-        build: makes the model of a config (``models.build_model``).
+        build: makes the model of a config and a number of classes (``models.build_model``).
         remap: turns published names into the model's (``models.from_published``).
 
     Raises:
@@ -53,10 +53,10 @@ def load_teacher(
     path = resolve_source(distill.TEACHER) if distill.TEACHER else None
     with streams_restored():
         if distill.TIMM_NAME:
-            model, theirs = _from_timm(config, path, remap)
+            model, theirs = _from_timm(config, path, remap, len(metadata["classes"]))
         else:
             model, theirs = _from_checkpoint(path, metadata["classes"], build, remap)
-    _check_count(getattr(model, "num_classes", None), config, path or distill.TIMM_NAME)
+    _check_count(getattr(model, "num_classes", None), len(metadata["classes"]), path or distill.TIMM_NAME)
     digest = payload_digest(dict(model.state_dict()), tensor_crc)
     ours = metadata["preprocessing"]
     if len(theirs["mean"]) != len(ours["mean"]):  # timm knows the statistics of RGB alone
@@ -67,17 +67,17 @@ def load_teacher(
     return Teacher(model.to(device), config, digest=digest, ours=ours, theirs=theirs)
 
 
-def _check_count(count: int | None, config: CfgNode, name: object) -> None:
+def _check_count(count: int | None, num_classes: int, name: object) -> None:
     """Raise a ValueError if the teacher is known to be for another number of classes."""
-    if count not in (None, config.MODEL.NUM_CLASSES):
+    if count not in (None, num_classes):
         raise ValueError(
-            f"the teacher {name} knows {count} classes, this run has {config.MODEL.NUM_CLASSES} (MODEL.NUM_CLASSES); "
-            "it must have been trained on the same classes"
+            f"the teacher {name} knows {count} classes, this run has {num_classes}; it must have been trained on the "
+            "same classes"
         )
 
 
 def _from_checkpoint(
-    path: Path, classes: list[str], build: Callable[[CfgNode], nn.Module], remap: Remap
+    path: Path, classes: list[str], build: Callable[[CfgNode, int], nn.Module], remap: Remap
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of one of our checkpoints, its averaged weights if there are any, and its preprocessing."""
     text = load_checkpoint(path, map_location="meta").get("config")
@@ -85,20 +85,20 @@ def _from_checkpoint(
         raise CheckpointError(
             f"{path} does not say what network it holds; name it in TRAIN.DISTILL.TIMM_NAME, such as strip_mlp_base"
         )
-    model = build(parse_config(text, str(path)))
+    model = build(parse_config(text, str(path)), len(class_names(str(path))))
     _, metadata = load_weights(model, str(path), remap=remap, prefer_ema=True)
     check_classes(classes, metadata, path)
     return model, metadata["preprocessing"]
 
 
-def _from_timm(config: CfgNode, path: Path | None, remap: Remap) -> tuple[nn.Module, dict[str, Any]]:
+def _from_timm(config: CfgNode, path: Path | None, remap: Remap, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """Return a network of timm with the weights of a file, or without one its released weights; and its preprocessing.
 
     Where its input size is not fixed, it sees the images at the size of this run.
     """
     name = config.TRAIN.DISTILL.TIMM_NAME
     options: dict[str, Any] = {"in_chans": config.MODEL.STRIP_MLP.IN_CHANS}
-    options |= {"pretrained": True} if path is None else {"num_classes": config.MODEL.NUM_CLASSES}
+    options |= {"pretrained": True} if path is None else {"num_classes": num_classes}
 
     def create() -> nn.Module:
         try:
@@ -111,7 +111,9 @@ def _from_timm(config: CfgNode, path: Path | None, remap: Remap) -> tuple[nn.Mod
 
     if path is None:
         with suppress(RuntimeError):  # an unknown tag, which ``create`` reports
-            _check_count(getattr(timm.get_pretrained_cfg(name), "num_classes", None), config, name)  # before a download
+            _check_count(
+                getattr(timm.get_pretrained_cfg(name), "num_classes", None), num_classes, name
+            )  # before a download
         once_per_machine(create, what=f"fetching the teacher {name}")  # one process downloads, the others find the file
     model = create()
     if path is not None:

@@ -17,7 +17,7 @@ from utils.config.facts import (
 )
 from utils.config.keys import default_config, require_known_key
 from utils.config.loading import load_config, parse_config, run_folder
-from utils.config.recipe import config_notices, recipe_deviations, recipe_differences
+from utils.config.recipe import config_notices, recipe_deviations, recipe_differences, short_of_updates
 from utils.config.values import expand_path, read_arguments
 
 __all__ = [
@@ -43,5 +43,6 @@ __all__ = [
     "recipe_differences",
     "require_known_key",
     "run_folder",
+    "short_of_updates",
     "short_side",
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from utils.config.facts import FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem
+from utils.config.facts import FILE_DATASETS, FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem
 from utils.config.keys import KEYS, flatten, value_of
 from utils.config.policy import policy_problem
 from utils.config.values import read_arguments
@@ -35,6 +35,7 @@ def check_config(config: CfgNode) -> list[Problem]:
     return [
         *_check_ranges(config),
         *_check_data(config),
+        *_check_parts(config),
         *_check_channels(config),
         *_check_model(config),
         *_check_training(config),
@@ -67,6 +68,33 @@ def _check_data(config: CfgNode) -> Iterator[Problem]:
             ("DATA.IMG_SIZE", "DATA.PIPELINE"),
             f"DATA.IMG_SIZE is {data.IMG_SIZE}, but DATA.PIPELINE {data.PIPELINE}, as published, makes squares; take "
             "fast",
+        )
+
+
+def _check_parts(config: CfgNode) -> Iterator[Problem]:
+    """Check the keys of held-out images and of classes of unequal size."""
+    data, train = config.DATA, config.TRAIN
+    if data.HOLDOUT and (data.DATASET not in FILE_DATASETS or data.ZIP_MODE):
+        what = "DATA.ZIP_MODE (--zip) reads archives" if data.ZIP_MODE else f"{data.DATASET} has a validation set"
+        yield Problem(
+            ("DATA.HOLDOUT", "DATA.DATASET", "DATA.ZIP_MODE"),
+            f"DATA.HOLDOUT divides image folders and CSV files, but {what}; set DATA.HOLDOUT 0",
+        )
+    if train.CLASS_WEIGHTS == "balanced" and data.SAMPLER == "balanced":
+        yield Problem(
+            ("TRAIN.CLASS_WEIGHTS", "DATA.SAMPLER"),
+            "TRAIN.CLASS_WEIGHTS and DATA.SAMPLER are both balanced, which balances the classes twice; take one",
+        )
+    if train.CLASS_WEIGHTS == "balanced" and train.LOSS.NAME == "bce":
+        yield Problem(
+            ("TRAIN.CLASS_WEIGHTS", "TRAIN.LOSS.NAME"),
+            "TRAIN.CLASS_WEIGHTS is defined for cross-entropy, but TRAIN.LOSS.NAME is bce; take DATA.SAMPLER balanced",
+        )
+    if data.SAMPLER == "balanced" and config.AUG.REPEATS > 1:
+        yield Problem(
+            ("DATA.SAMPLER", "AUG.REPEATS"),
+            f"DATA.SAMPLER balanced repeats images of small classes itself; set AUG.REPEATS to 1, it is "
+            f"{config.AUG.REPEATS}",
         )
 
 

@@ -4,7 +4,8 @@ from yacs.config import CfgNode
 
 FOLDER_DATASETS = ("imagenet", "imagenet-1k", "101_ObjectCategories", "caltech101", "folder")
 CIFAR_DATASETS = ("CIFAR10", "CIFAR100")
-DATASETS = (*FOLDER_DATASETS, *CIFAR_DATASETS, "digits")
+FILE_DATASETS = (*FOLDER_DATASETS, "csv")
+DATASETS = (*FILE_DATASETS, *CIFAR_DATASETS, "digits")
 
 
 def mixes(config: CfgNode) -> bool:

@@ -123,6 +123,10 @@ _ROWS = (
     Key("DATA.DATA_PATH", "", "folder of the data set: with train/ and val/, or where the CIFAR files are",
         affects="nothing", flag="--data-path DIR", is_path=True),
     Key("DATA.DATASET", "imagenet", "name of the data set", "|".join(DATASETS), flag="--dataset NAME"),
+    Key("DATA.HOLDOUT", 0.0, "share of each class of the training images that is held out for validation, where there "
+        "is no validation set; 0 = off", "[0, 1)", ours=True),
+    Key("DATA.SAMPLER", "shuffle", "order of an epoch: every image once, or each class equally often",
+        "shuffle|balanced", ours=True),
     Key("DATA.IMG_SIZE", 224, "side of the square input, pixels; or (height, width)", "[1, 16384]", like=(0, 0)),
     Key("DATA.MEAN", IMAGENET_MEAN, "mean of each channel, or one for all; pixels are from 0 to 1. Where images have "
         "other than 3 channels, ImageNet's values are averaged", "[-1000, 1000]", ours=True, any_length=True),
@@ -164,7 +168,7 @@ _ROWS = (
         affects="result", flag="--weights-key NAME", ours=True),
     Key("MODEL.STRIP_PREFIX", "", "prefix of the names in a weight file that is removed, other names are left out; "
         "empty = what all names share, if the rest fits", affects="result", flag="--strip-prefix PREFIX", ours=True),
-    Key("MODEL.NUM_CLASSES", 1000, "classes of the head", "[1, 100000000]"),
+    Key("MODEL.NUM_CLASSES", 1000, "classes of the head; 0 = as many as the data have", "[0, 100000000]"),
     Key("MODEL.DROP", False, "switch of MODEL.DROP_RATE"),
     Key("MODEL.DROP_RATE", 0.2, "dropout before the head, probability", "[0, 1)", idle_when=when("MODEL.DROP", False)),
     Key("MODEL.DROP_PATH_RATE", 0.1, "stochastic depth, probability of dropping a residual branch", "[0, 1)"),
@@ -218,6 +222,8 @@ _ROWS = (
         "(0, 1]", ours=True),
     Key("TRAIN.FREEZE", "none", "what keeps its weights, in evaluation mode: the stem, the stages up to N with it, or "
         "all but the classifier", "none|stem|stages1|stages2|stages3|stages4|head_only", ours=True),
+    Key("TRAIN.CLASS_WEIGHTS", "none", "balanced: weigh each class in the loss by images / (classes * its images)",
+        "none|balanced", ours=True),
     Key("TRAIN.LOSS.NAME", "ce", "cross-entropy over the classes, or binary cross-entropy of each class",
         "ce|bce", ours=True),
     Key("TRAIN.LOSS.BCE_THRESHOLD", 0.0, "a target above it counts as 1, any other as 0; 0 = targets as they are",

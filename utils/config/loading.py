@@ -53,19 +53,20 @@ def load_with_sources(
     return _build(layers, problems, str(cfg_file))
 
 
-def parse_config(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> CfgNode:
+def parse_config(text: str, name: str, overrides: Mapping[str, Any] | None = None, opts: Sequence[str] = ()) -> CfgNode:
     """Read a configuration from the text that ``dump_config`` made.
 
     Args:
         text: the YAML text.
         name: where the text comes from, for messages.
-        overrides: as in ``load_config``.
+        overrides, opts: as in ``load_config``.
 
     Raises:
         ValueError: with all problems, one per line.
     """
     problems: list[str] = []
-    layers = [text_layer(text, name, problems), Layer(COMMAND_LINE, list((overrides or {}).items()))]
+    layers = [text_layer(text, name, problems), Layer("--opts", _pairs(opts, problems))]
+    layers.append(Layer(COMMAND_LINE, list((overrides or {}).items())))
     return _build(layers, problems, name)[0]
 
 

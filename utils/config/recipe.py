@@ -20,6 +20,7 @@ PUBLISHED_CLASSES = {
     "CIFAR100": 100,
 }
 PUBLISHED_BATCHES = (64, 128)  # the published default and the size in the published commands
+MANY_EPOCHS, FEW_UPDATES = 100, 10_000  # of a recipe for a large set on a small one
 VARIANT_KEYS = ("MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.LAYERS")
 
 
@@ -57,7 +58,7 @@ def recipe_deviations(config: CfgNode) -> dict[str, tuple[Any, Any]]:
     as_published = {"DATA.PIPELINE", "DATA.DATASET", *VARIANT_KEYS}
     if config.DATA.BATCH_SIZE in PUBLISHED_BATCHES:
         as_published.add("DATA.BATCH_SIZE")
-    if config.MODEL.NUM_CLASSES == PUBLISHED_CLASSES.get(data_set, config.MODEL.NUM_CLASSES):
+    if config.MODEL.NUM_CLASSES in (0, PUBLISHED_CLASSES.get(data_set, config.MODEL.NUM_CLASSES)):
         as_published.add("MODEL.NUM_CLASSES")  # where the data set is another, they follow from it
     deviations = recipe_differences(default_config(), config) | {
         name: (key.default, ours[name])
@@ -69,6 +70,22 @@ def recipe_deviations(config: CfgNode) -> dict[str, tuple[Any, Any]]:
         deviations["DATA.DATASET"] = (", ".join(PUBLISHED_CLASSES), data_set)
     deviations |= _variant_deviations(config)
     return {name: deviations[name] for name in KEYS if name in deviations}
+
+
+def short_of_updates(config: CfgNode, num_samples: int, updates_per_epoch: int) -> str:
+    """Return a sentence if the recipe is made for far more images than there are, or an empty text.
+
+    The rule: at least ``MANY_EPOCHS`` passes, and yet fewer than ``FEW_UPDATES`` updates in all.
+    """
+    train, updates = config.TRAIN, config.TRAIN.EPOCHS * updates_per_epoch
+    if train.EPOCHS < MANY_EPOCHS or updates >= FEW_UPDATES:
+        return ""
+    return (
+        f"this recipe is made for far more than {num_samples:,} images: its {train.EPOCHS} epochs show each of them "
+        f"{train.EPOCHS} times and are {updates:,} updates in all, {train.WARMUP_EPOCHS * updates_per_epoch:,} of them "
+        "warm-up, while training from scratch takes tens of thousands; fine-tune pretrained weights instead, with a "
+        "recipe of configs/_base_/recipes/ (docs/OWN_DATA.md)"
+    )
 
 
 def config_notices(config: CfgNode) -> list[str]:

@@ -4,7 +4,7 @@ from utils.training.batchnorm import averaged_batchnorm, batchnorm_buffers
 from utils.training.distillation import Teacher
 from utils.training.evaluation import EvalResult, evaluate, measure_throughput
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
-from utils.training.losses import build_criterion
+from utils.training.losses import build_criterion, class_weights
 from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
 from utils.training.meters import RunningMeans, UpdateTimer
 from utils.training.optimizer import build_optimizer, is_fused, kept_state
@@ -17,6 +17,7 @@ __all__ = [
     "averaged_batchnorm",
     "batchnorm_buffers",
     "build_criterion",
+    "class_weights",
     "build_optimizer",
     "build_precision",
     "build_scheduler",

@@ -18,12 +18,17 @@ POLL_BATCHES = 20  # batches between two calls of should_stop
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Accuracy in percent, mean cross-entropy in nats, and the number of samples they are taken over."""
+    """Accuracy in percent, mean cross-entropy in nats, and the number of samples they are taken over.
+
+    ``balanced_acc1`` is the mean over the classes of the share of their samples that is right (recall, top-1); classes
+    without samples are left out.
+    """
 
     acc1: float
     acc5: float
     loss: float
     num_samples: int
+    balanced_acc1: float
 
 
 @torch.inference_mode()
@@ -60,7 +65,7 @@ def evaluate(
     num_samples = len(loader.dataset)
     # Shards differ by at most one sample: every process has this many batches, so all ask the same number of times.
     common_batches = num_samples // get_world_size() // loader.batch_size
-    counts = torch.zeros(4, dtype=torch.int64, device=device)  # see _counts
+    counts = torch.zeros(2, len(loader.dataset.classes) + 1, dtype=torch.int64, device=device)  # see _count
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
@@ -72,30 +77,34 @@ def evaluate(
             with autocast():
                 logits = model(images)
             logits = (logits if columns is None else logits[:, columns]).float()
-            counts += _counts(logits, targets)
+            _count(logits, targets, counts)
             loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
     finally:
         model.train(was_training)
     return _summarise(counts, loss_sum, num_samples)
 
 
-def _counts(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the batch's top-1 hits, top-5 hits, samples, and samples with a non-finite score."""
+def _count(logits: Tensor, targets: Tensor, counts: Tensor) -> None:
+    """Add a batch to ``counts``: for each class top-1 hits and samples; at the end top-5 hits and non-finite scores."""
     top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     bad = ~torch.isfinite(logits).all(dim=1)
-    return torch.stack([top5[:, 0].sum(), top5.sum(), torch.ones_like(bad).sum(), bad.sum()])
+    counts.index_add_(1, targets, torch.stack([top5[:, 0], torch.ones_like(bad)]).long())
+    counts[:, -1] += torch.stack([top5.sum(), bad.sum()])
 
 
 def _summarise(counts: Tensor, loss_sum: Tensor, num_samples: int) -> EvalResult:
-    """Add up the counts (see ``_counts``) and losses of all processes and divide once."""
+    """Add up the counts (see ``_count``) and losses of all processes and divide once."""
     all_reduce_sum(counts)
     all_reduce_sum(loss_sum)
-    hits1, hits5, seen, bad = counts.tolist()
+    counts = counts.double().cpu()
+    (hits, samples), (hits5, bad) = counts[:, :-1], counts[:, -1].tolist()
+    hits1, seen = int(hits.sum()), int(samples.sum())
     if seen != num_samples:
         raise RuntimeError(f"evaluated {seen} samples, but the data set has {num_samples}")
     if bad:
-        raise NonFiniteError(f"evaluation: the model's scores are not finite for {bad} of {num_samples} samples")
-    return EvalResult(100.0 * hits1 / seen, 100.0 * hits5 / seen, float(loss_sum) / seen, seen)
+        raise NonFiniteError(f"evaluation: the model's scores are not finite for {bad:.0f} of {num_samples} samples")
+    balanced = 100.0 * float((hits / samples)[samples > 0].mean())
+    return EvalResult(100.0 * hits1 / seen, 100.0 * hits5 / seen, float(loss_sum) / seen, seen, balanced)
 
 
 @torch.inference_mode()

@@ -99,16 +99,18 @@ def record_epoch(directory: Path, row: dict[str, Any], result: EvalResult | None
             "val_loss": result.loss,
             "val_acc1": result.acc1,
             "val_acc5": result.acc5,
+            "val_balanced_acc1": result.balanced_acc1,
             "val_samples": result.num_samples,
         }
         logger.info(
-            "epoch %d: train loss %.4f, validation loss %.4f, top-1 %.2f %%, top-5 %.2f %% of %d samples; best "
-            "top-1 %.2f %%",
+            "epoch %d: train loss %.4f, validation loss %.4f, top-1 %.2f %%, top-5 %.2f %%, balanced accuracy %.2f %% "
+            "of %d samples; best top-1 %.2f %%",
             row["epoch"],
             row["train_loss"],
             result.loss,
             result.acc1,
             result.acc5,
+            result.balanced_acc1,
             result.num_samples,
             row["best_acc1"],
         )
