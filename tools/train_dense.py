@@ -135,6 +135,8 @@ def main() -> None:
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start this with torchrun, e.g. torchrun --nproc_per_node=2 tools/train_dense.py detection")
+    if args.weights and not Path(args.weights).is_file():
+        parser.error(f"--weights {args.weights}: there is no such file")
     args.size = tuple(args.size)
     args.options = {"img_size": 64, "embed_dim": 16, "depths": (1, 1, 1, 1)} if args.small else {}
     cuda = torch.cuda.is_available()
