@@ -394,7 +394,7 @@ def _pretrained_filter(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> StripMLPNet | nn.Module:
     """Return the network, or with ``features_only`` its feature maps in timm's wrapper."""
-    feature_cls = kwargs.get("feature_cls")
+    feature_cls = str(kwargs.get("feature_cls", "")).lower()  # as timm reads it
     if feature_cls in ("list", "dict"):
         raise ValueError(
             f"feature_cls is {feature_cls!r}, which runs the parts of a network in a row, but Strip-MLP has skips past "

@@ -186,9 +186,9 @@ def test_other_ways_to_the_feature_maps(feature_cls: str, x: Tensor) -> None:
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("feature_cls", ("list", "dict"))
+@pytest.mark.parametrize("feature_cls", ("list", "Dict"))
 def test_ways_that_run_parts_in_a_row(feature_cls: str) -> None:
-    with pytest.raises(ValueError, match=f"feature_cls is '{feature_cls}'.*skips"):
+    with pytest.raises(ValueError, match=f"feature_cls is '{feature_cls.lower()}'.*skips"):
         created(features_only=True, feature_cls=feature_cls)
 
 
