@@ -3,12 +3,14 @@
 from .build import build_model
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model
+from .features import DenseBackbone
 from .forms import accelerate, inference_form
 from .freezing import frozen_parts
 from .resample import fit_weights
 from .strip_mlp import StripMLPNet
 
 __all__ = [
+    "DenseBackbone",
     "StripMLPNet",
     "accelerate",
     "build_model",

@@ -182,7 +182,8 @@ class StripMixingBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm2(self.project(self.dwconv(F.gelu(self.norm1(x)))))
-        u, v = map(F.gelu, x.chunk(2, dim=1))  # (B, C, H, W) -> 2 x (B, D, H, W)
+        u, v = x.chunk(2, dim=1)  # (B, C, H, W) -> 2 x (B, D, H, W)
+        u, v = F.gelu(u), F.gelu(v)
         return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))  # 2 x (B, D, H, W) -> (B, C, H, W)
 
 

@@ -46,10 +46,15 @@ class ChannelLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each position. Shape: (B, C, H, W) -> same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
-        with autocast_off(x.device.type):  # which would copy x to float32; the kernel accumulates in float32 anyway
-            x = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+        return _channel_layer_norm(x, self.weight, self.bias, self.eps)
+
+
+@torch.fx.wrap  # a tracer could not follow what depends on the input's type and device
+def _channel_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+    with autocast_off(x.device.type):  # which would copy x to float32; the kernel accumulates in float32 anyway
+        x = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
 def mean_over_space(x: Tensor) -> Tensor:
@@ -91,17 +96,22 @@ class GRN(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         gamma, beta = self.gamma.view(1, -1, 1, 1), self.beta.view(1, -1, 1, 1)  # (1, 1, 1, K) -> (1, K, 1, 1)
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True, dtype=dtype)  # (B, K, H, W) -> (B, K, 1, 1)
+        norm = _norm_over_space(y)
         response = norm / (norm.mean(dim=1, keepdim=True) + self.eps)
         return torch.addcmul(beta.to(y.dtype), y, (1.0 + gamma * response).to(y.dtype))  # one pass over y
+
+
+@torch.fx.wrap
+def _norm_over_space(y: Tensor) -> Tensor:
+    """Return the L2 norm of each channel in float32 at least, (B, K, H, W) -> (B, K, 1, 1)."""
+    return torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32))
 
 
 def add_residual(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
     """Return ``x + drop_path(branch)`` in one pass: a sample of the branch is dropped, or scaled by 1 / (1 - rate)."""
     if not drop_path.training or drop_path.drop_prob == 0.0:
         return x + branch
-    return torch.addcmul(x, branch, drop_path(x.new_ones(len(x), 1, 1, 1)))
+    return torch.addcmul(x, branch, drop_path(x.new_ones(x.shape[0], 1, 1, 1)))
 
 
 @contextmanager

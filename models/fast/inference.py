@@ -56,6 +56,7 @@ class InferenceStripMLP(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.img_size, self.in_chans, self.num_classes = model.img_size, model.in_chans, model.num_classes
+        self.global_pool = model.global_pool
         self.patch_embed = _frozen(model.patch_embed)
         self.stages = nn.ModuleList(nn.ModuleList(_FoldedBlock(block) for block in stage) for stage in model.stages)
         self.merging = nn.ModuleList(_frozen(layer) for layer in model.merging)
@@ -101,6 +102,8 @@ class InferenceStripMLP(nn.Module):
         skip = self.skip_1_to_3(merged1)
         stage3 = self._stage(2, merged2 + skip)
         x = self._stage(3, self.merging[2](stage3) + self.skip_1_to_4(skip) + self.skip_2_to_4(merged2))
+        if not self.global_pool:  # each position is scored
+            return F.conv2d(x, self.head_weight[:, :, None, None], self.head_bias)
         return F.linear(x.mean(dim=(2, 3)), self.head_weight, self.head_bias)
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from tests.tiny_run import TinyRun
 from utils.checkpoint.capture import capture, restore
 from utils.checkpoint.files import load_checkpoint
 from utils.config.keys import KEYS
-from utils.training import records
+from utils.training import batchnorm, records
+from utils.training.batchnorm import averaged_batchnorm, batchnorm_buffers
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion
 from utils.training.lr_scheduler import build_scheduler, scaled_learning_rates
@@ -168,6 +169,24 @@ def test_a_run_leaves_what_is_frozen_as_it_was(tiny: TinyRun) -> None:
     assert not torch.equal(end["model"][trained], start[trained])
     log = (folder / "log_rank0.txt").read_text()
     assert "frozen, TRAIN.FREEZE stages2: patch_embed, stages.0, stages.1, merging.0" in log
+
+
+def test_statistics_of_frozen_layers_are_not_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of three equal numbers may differ from them in the last bit."""
+    model = frozen_model("stages2")
+    norms = {name for name in batchnorm_buffers(model) if name.endswith(("mean", "var"))}
+    frozen = {name for name in norms if any(name.startswith(f"{prefix}.") for prefix in PARTS["stages2"])}
+    buffers = dict(model.named_buffers())
+    monkeypatch.setattr(batchnorm, "get_world_size", lambda: 3)
+    monkeypatch.setattr(batchnorm, "all_reduce_sum", lambda flat: flat.mul_(6))
+    before = {name: buffers[name].clone() for name in norms}
+    buffers["norm.running_mean"].fill_(1.0)
+    before["norm.running_mean"].fill_(1.0)
+    with averaged_batchnorm(model):
+        for name in norms:
+            assert torch.equal(buffers[name], before[name] * (1 if name in frozen else 2)), name
+    assert 0 < len(frozen) < len(norms)
+    assert all(torch.equal(buffers[name], before[name]) for name in norms)
 
 
 def test_frozen_timm_models_follow_their_group_matcher() -> None:

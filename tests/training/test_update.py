@@ -153,12 +153,20 @@ def nothing_due(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunningMeans, "reduced", lambda *_: (0.0, 0.0))
 
 
-@pytest.mark.parametrize("amp", ("off", "fp16"))
-def test_no_host_reads_between_two_log_lines(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, amp: str) -> None:
+TUNING = ("TRAIN.LAYER_DECAY", 0.7, "TRAIN.FREEZE", "stages1", "TRAIN.LOSS.NAME", "bce", "AUG.REPEATS", 2)
+
+
+@pytest.mark.parametrize(("amp", "opts"), (("off", ()), ("fp16", ()), ("off", TUNING)), ids=("off", "fp16", "tuning"))
+def test_no_host_reads_between_two_log_lines(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, amp: str, opts: tuple
+) -> None:
     """Six updates, with what a GPU would do: no log line is due, and the guard's counters are not."""
     nothing_due(monkeypatch)
-    words = ("--amp", amp, "--opts", "TRAIN.EMA_DECAY", 0.9)
-    with training(tiny, *words, tag=f"reads_{amp}") as (session, model, state), HostReads(monkeypatch) as reads:
+    words = ("--amp", amp, "--opts", "TRAIN.EMA_DECAY", 0.9, *opts)
+    with (
+        training(tiny, *words, tag=f"reads_{amp}_{len(opts)}") as (session, model, state),
+        HostReads(monkeypatch) as reads,
+    ):
         main.train_one_epoch(model, state, session)
         assert state.progress.global_step == 6
     data = {place for place in reads.places if place.startswith("data/")}  # the loader's tensors are on the host

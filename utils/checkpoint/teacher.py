@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,7 @@ def load_teacher(
             model, theirs = _from_timm(config, path, remap, len(metadata["classes"]))
         else:
             model, theirs = _from_checkpoint(path, metadata["classes"], build, remap)
-    num_classes = len(metadata["classes"])
-    count = getattr(model, "num_classes", num_classes)
-    if count != num_classes:
-        raise ValueError(
-            f"the teacher ({path or distill.TIMM_NAME}) knows {count} classes, this run has {num_classes}; it must "
-            "have been trained on the same classes"
-        )
+    _check_count(getattr(model, "num_classes", None), len(metadata["classes"]), path or distill.TIMM_NAME)
     digest = payload_digest(dict(model.state_dict()), tensor_crc)
     ours = metadata["preprocessing"]
     if len(theirs["mean"]) != len(ours["mean"]):  # timm knows the statistics of RGB alone
@@ -70,6 +65,15 @@ def load_teacher(
     if theirs["img_size"] not in (None, ours["img_size"]):
         logger.info("the teacher sees the images at %s instead of %s pixels", theirs["img_size"], ours["img_size"])
     return Teacher(model.to(device), config, digest=digest, ours=ours, theirs=theirs)
+
+
+def _check_count(count: int | None, wanted: int, name: object) -> None:
+    """Raise a ValueError if the teacher is known to be for another number of classes."""
+    if count not in (None, wanted):
+        raise ValueError(
+            f"the teacher {name} knows {count} classes, this run has {wanted}; it must have been trained on the same "
+            "classes"
+        )
 
 
 def _from_checkpoint(
@@ -106,6 +110,9 @@ def _from_timm(config: CfgNode, path: Path | None, remap: Remap, num_classes: in
             ) from error
 
     if path is None:
+        with suppress(RuntimeError):  # an unknown tag, which ``create`` reports
+            known = timm.get_pretrained_cfg(name)
+            _check_count(getattr(known, "num_classes", None), num_classes, name)  # before a download
         once_per_machine(create, what=f"fetching the teacher {name}")  # one process downloads, the others find the file
     model = create()
     if path is not None:

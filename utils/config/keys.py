@@ -280,7 +280,7 @@ _ROWS = (
         "batch|pair|elem", idle_when=MIXING_OFF),
     Key("AUG.MIXUP_OFF_EPOCHS", 0, "epochs at the end of the run without mixup and cutmix",
         "[0, 1000000]", idle_when=MIXING_OFF, ours=True),
-    Key("AUG.REPEATS", 1, "differently augmented copies of an image in an epoch, which has as many fewer images",
+    Key("AUG.REPEATS", 1, "times an image comes in an epoch, augmented differently; an epoch has 1/N of the images",
         "[1, 1000]", ours=True),
     # timm's own values, which the published run used
     Key("AUG.HFLIP", 0.5, "probability of mirroring left and right", "[0, 1]", ours=True),

@@ -9,11 +9,16 @@ from torch import Tensor, nn
 from utils.runtime import all_reduce_sum, get_world_size
 
 
-def batchnorm_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of all BatchNorm layers of ``model``, by their state-dict names."""
+def batchnorm_buffers(model: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """Return the running statistics of all BatchNorm layers of ``model``, by their state-dict names.
+
+    ``trained_only`` leaves out those of frozen layers, which do not move.
+    """
     buffers = {}
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if trained_only and module.weight is not None and not module.weight.requires_grad:
+                continue
             for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
                 buffers[name] = buffer
     return buffers
@@ -65,10 +70,11 @@ def average_buffers(buffers: list[Tensor]) -> None:
 def averaged_batchnorm(*models: nn.Module | None) -> Iterator[None]:
     """Average BatchNorm's running statistics over the processes inside the block; put each process's own back after it.
 
+    Those of frozen layers are equal on all processes and are left as they are, to the bit.
     Evaluation and saving thus see one model whatever the number of processes, and never influence the training.
     Collective: every process enters with the same models.
     """
-    buffers = [b for m in models if m is not None for b in batchnorm_buffers(m).values()]
+    buffers = [b for m in models if m is not None for b in batchnorm_buffers(m, trained_only=True).values()]
     local = [b.clone() for b in buffers] if get_world_size() > 1 else []
     average_buffers(buffers)
     try:
