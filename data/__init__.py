@@ -3,8 +3,8 @@
 from data.build import build_dataset, build_train_loader, build_val_loader
 from data.checks import check_data
 from data.images.batch import build_batch_transform
-from data.images.decode import decode_image, jpeg_complaint
-from data.images.transforms import check_transform
+from data.images.decode import decode_image, jpeg_complaint, to_rgb
+from data.images.transforms import build_transform, check_transform
 from data.loading.collate import collate
 from data.sources.listing import expanded_path, list_images, read_image_file
 
@@ -12,6 +12,7 @@ __all__ = [
     "build_batch_transform",
     "build_dataset",
     "build_train_loader",
+    "build_transform",
     "build_val_loader",
     "check_data",
     "check_transform",
@@ -21,4 +22,5 @@ __all__ = [
     "jpeg_complaint",
     "list_images",
     "read_image_file",
+    "to_rgb",
 ]

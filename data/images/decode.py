@@ -43,7 +43,7 @@ def decode_image(data: bytes, *, as_array: bool) -> Picture:
             return pixels
     try:
         with Image.open(BytesIO(data)) as image:
-            return _to_rgb(image)
+            return to_rgb(image)
     except ImageReadError:
         raise
     except Exception as error:  # Pillow's plugins raise many types for foreign bytes (OSError, SyntaxError, ...)
@@ -80,8 +80,12 @@ def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
         return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Load an opened image and convert it to RGB, scaling 16-bit grey values instead of clipping them."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Load an opened image and convert it to RGB, scaling 16-bit grey values instead of clipping them.
+
+    Raises:
+        ImageReadError: a pixel format that has no 8-bit meaning.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BIT_FORMATS[:2]):
         wide = np.asarray(image).astype(np.uint32)  # 0..65535
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

@@ -10,8 +10,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.checkpoint.files import resolve_source
-from utils.checkpoint.schema import CLASSES, PREPROCESSING, Check, SchemaFault
+from utils.checkpoint.files import load_checkpoint, resolve_source
+from utils.checkpoint.schema import CLASSES, CONFIG, PREPROCESSING, Check, SchemaFault
 from utils.checkpoint.store import CheckpointStore, step_inside
 from utils.config import CROP_RATIO, dump_config, parse_config, recipe_differences, short_side
 from utils.errors import CheckpointError
@@ -50,11 +50,11 @@ def checkpoint_metadata(config: CfgNode, classes: Sequence[str], num_samples: in
         "config": dump_config(config),
         "classes": list(classes),
         "num_samples": num_samples,
-        "preprocessing": _preprocessing(config),
+        "preprocessing": preprocessing(config),
     }
 
 
-def _preprocessing(config: CfgNode) -> dict[str, Any]:
+def preprocessing(config: CfgNode) -> dict[str, Any]:
     """Return what evaluation does to an image; ``short_side`` None scales both sides, without a crop."""
     side = short_side(config.DATA.IMG_SIZE, crop=config.TEST.CROP)
     return {
@@ -65,6 +65,31 @@ def _preprocessing(config: CfgNode) -> dict[str, Any]:
         "mean": list(IMAGENET_DEFAULT_MEAN),
         "std": list(IMAGENET_DEFAULT_STD),
     }
+
+
+def stored_config(source: str | Path) -> str:
+    """Return the text of the configuration that a checkpoint of this project was trained with.
+
+    Args:
+        source: a path, or ``https://...#sha256=...``.
+
+    Raises:
+        CheckpointError: the file holds none, or cannot be read.
+        FileNotFoundError, ValueError: there is no such file.
+    """
+    path = resolve_source(str(source))
+    payload = load_checkpoint(path, map_location="meta")
+    if "format_version" not in payload or "config" not in payload:
+        raise CheckpointError(
+            f"{path} holds weights, but not the configuration of its model: it is not a checkpoint of this project's "
+            "training. Name the config file of its model, such as --cfg configs/<leaf>.yaml"
+        )
+    return _own_entry(payload, "config", CONFIG, path)
+
+
+def stored_classes(payload: dict[str, Any], path: Path | str) -> tuple[str, ...]:
+    """Return the class names of a checkpoint in the order of its scores; empty if it has none."""
+    return tuple(_own_entry(payload, "classes", CLASSES, path) or ())
 
 
 def check_continuation(
@@ -201,7 +226,7 @@ def warn_preprocessing(
     theirs = _own_entry(payload, "preprocessing", PREPROCESSING, path) or {}
     if not theirs and config.MODEL.TYPE == "timm":
         _warn_of_timm_preprocessing(config, model, path)
-    ours = _preprocessing(config)
+    ours = preprocessing(config)
     for key in sorted(set(theirs) & set(ours)):
         if theirs[key] != ours[key]:
             logger.warning(

@@ -13,7 +13,7 @@ from utils.config.facts import (
     short_side,
 )
 from utils.config.keys import default_config, require_known_key
-from utils.config.loading import load_config, parse_config, run_folder
+from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
 from utils.config.recipe import config_notices, recipe_deviations, recipe_differences
 from utils.config.values import expand_path
 
@@ -28,6 +28,7 @@ __all__ = [
     "dump_config",
     "expand_path",
     "load_config",
+    "load_stored_config",
     "mixes",
     "odd_batch_problem",
     "parse",
