@@ -49,7 +49,7 @@ def decode_image(data: bytes, *, as_array: bool, channels: int = 3) -> Picture:
             return pixels
     try:
         with Image.open(BytesIO(data)) as image:
-            return _to_mode(image, _MODES[channels]) if channels in _MODES else _to_bands(image, channels)
+            return convert_image(image, channels)
     except ImageReadError:
         raise
     except Exception as error:  # Pillow's plugins raise many types for foreign bytes (OSError, SyntaxError, ...)
@@ -86,6 +86,15 @@ def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     except ValueError:  # strict: Pillow either accepts the file, as the published code did, or names the fault
         return None
+
+
+def convert_image(image: Image.Image, channels: int) -> Picture:
+    """Return an opened image with as many channels as asked for; see ``decode_image``.
+
+    Raises:
+        ImageReadError: a pixel format that has no 8-bit meaning, or another number of channels.
+    """
+    return _to_mode(image, _MODES[channels]) if channels in _MODES else _to_bands(image, channels)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
