@@ -1,6 +1,7 @@
 """Evaluate one checkpoint, or measure the throughput of a model.
 
-    python main_eval.py --cfg configs/<leaf>.yaml --data-path <folder> --resume <checkpoint>
+    python main_eval.py <checkpoint> --data-path <folder>
+    python main_eval.py --cfg configs/<leaf>.yaml --data-path <folder> --resume <weights of other origin>
     python main_eval.py --cfg configs/<leaf>.yaml --throughput
 
 Needs no training set and never looks for a checkpoint by itself: the file that is named is the file that is evaluated.
@@ -18,21 +19,13 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
-from data import build_batch_transform, build_val_loader, check_data, check_transform, held_out_images
-from models import build_model, check_model, fit_weights, from_published, inference_form
-from utils.checkpoint import (
-    check_held_out,
-    class_columns,
-    class_names,
-    load_weights,
-    resolve_source,
-    sha256,
-    warn_preprocessing,
-    weight_options,
-)
+from data import build_val_loader, check_transform
+from inference import evaluate_opened, load_model
+from models import build_model, check_model, inference_form
+from utils.checkpoint import resolve_source, sha256, stored_config
 from utils.config import input_shape, parse
 from utils.runtime import Run, StopRequest, start_run, write_text_atomic
-from utils.training import EvalResult, build_precision, evaluate, measure_throughput
+from utils.training import EvalResult, build_precision, measure_throughput
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +35,8 @@ THROUGHPUT_SECONDS = 10.0
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line. The exit code is 0 only if the evaluation was completed."""
-    run(*parse(argv, "Evaluate one checkpoint, or measure the throughput of a model (--throughput).", evaluation=True))
+    purpose = "Evaluate one checkpoint, or measure the throughput of a model (--throughput)."
+    run(*parse(argv, purpose, evaluation=True, stored_config=stored_config))
 
 
 def run(args: Namespace, config: CfgNode) -> None:
@@ -71,33 +65,9 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
         raise ValueError("no checkpoint to evaluate: name one with --resume FILE")
     check_transform(config)
     check_model(config, process.device, training=False)
-    loader = build_val_loader(config, device=process.device)
-    classes = () if config.MODEL.NUM_CLASSES else (class_names(source) or loader.dataset.classes)
-    model = build_model(config, len(classes)).to(process.device)
-    _, metadata = load_weights(
-        model,
-        source,
-        remap=from_published,
-        fit=fit_weights,
-        prefer_ema=weights != "model",
-        require_ema=weights == "ema",
-        **weight_options(config),
-    )
-    columns = class_columns(loader.dataset.classes, metadata, source, config.MODEL.NUM_CLASSES or len(classes))
-    held_out = held_out_images(config, loader.dataset)
-    check_held_out(held_out and held_out.digest, metadata, source)
-    check_data(config, None, loader.dataset, subset=columns is not None)
-    warn_preprocessing(config, metadata, source, model)
-    transform = build_batch_transform(config, is_train=False, device=process.device, rank=process.rank)
-    with closing(loader):
-        result = evaluate(
-            inference_form(model),
-            loader,
-            device=process.device,
-            batch_transform=transform,
-            autocast=build_precision(config, process.device).autocast,
-            columns=columns,
-        )
+    with closing(build_val_loader(config, device=process.device)) as loader:
+        opened = load_model(config, process.device, weights=weights, num_classes=len(loader.dataset.classes))
+        result = evaluate_opened(opened, loader, rank=process.rank)
     log_result(result, source, num_classes=len(loader.dataset.classes))
     if process.is_main:
         write_result(config, process, result, source)

@@ -4,8 +4,8 @@ from data.build import build_dataset, build_train_loader, build_val_loader
 from data.checks import check_data, describe_classes
 from data.dataset import ImageDataset
 from data.images.batch import build_batch_transform
-from data.images.decode import decode_image, jpeg_complaint
-from data.images.transforms import check_transform
+from data.images.decode import convert_image, decode_image, jpeg_complaint
+from data.images.transforms import build_transform, check_transform
 from data.loading.collate import collate
 from data.loading.loader import ImageLoader
 from data.sources.holdout import HeldOut, held_out_images
@@ -18,10 +18,12 @@ __all__ = [
     "build_batch_transform",
     "build_dataset",
     "build_train_loader",
+    "build_transform",
     "build_val_loader",
     "check_data",
     "check_transform",
     "collate",
+    "convert_image",
     "decode_image",
     "describe_classes",
     "expanded_path",

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("models", "data", "utils")
-PROJECT = (*PACKAGES, "main", "main_eval", "tools", "tests", "hubconf", "categories101_train_val_split")
+PROJECT = (*PACKAGES, "main", "main_eval", "inference", "tools", "tests", "hubconf", "categories101_train_val_split")
 COMMAND_LINE_FILES = ("main.py", "main_eval.py", "categories101_train_val_split.py", "tools/")
 # Who may import whom: importer -> what it may import of ours besides its own package. The longest prefix counts.
 MAY_IMPORT = {

@@ -28,17 +28,9 @@ from yacs.config import CfgNode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 from data import ImageLoader, build_batch_transform, build_val_loader, expanded_path
-from models import build_model, fit_weights, from_published, inference_form
-from utils.checkpoint import (
-    checkpoint_metadata,
-    class_names,
-    load_weights,
-    resolve_source,
-    saved_config,
-    sha256,
-    weight_options,
-)
-from utils.config import load_config
+from inference import checkpoint_config, load_model
+from models import inference_form
+from utils.checkpoint import preprocessing, resolve_source, sha256
 from utils.errors import CheckpointError, ImageReadError
 from utils.runtime import atomic_file
 
@@ -50,13 +42,9 @@ HELD_OUT = 0.1  # of the training images, to choose C
 
 def build_features(config: CfgNode, weights: str | None, device: torch.device) -> nn.Module:
     """Return the network of the configuration with the weights of MODEL.RESUME, without its classifier."""
-    source = config.MODEL.RESUME
-    model = build_model(config, config.MODEL.NUM_CLASSES or len(class_names(source)) or 1)
-    ema = {"prefer_ema": weights != "model", "require_ema": weights == "ema"}
-    options = {"remap": from_published, "fit": fit_weights, "replace_head": True, **ema, **weight_options(config)}
-    load_weights(model, source, **options)
+    model = load_model(config, device, weights=weights).model
     model.reset_classifier(0)
-    return inference_form(model.eval().to(device))
+    return inference_form(model)
 
 
 @torch.inference_mode()
@@ -74,14 +62,12 @@ def extract(model: nn.Module, loader: ImageLoader, config: CfgNode, device: torc
 
 def cache_file(folder: Path, config: CfgNode, weights: str | None, loader: ImageLoader) -> Path:
     """Return where the features of a loader's images are kept: the name is a hash of all that they depend on."""
-    dataset = loader.dataset
-    entries = checkpoint_metadata(config, dataset.classes, len(dataset))
     key = {
         "checkpoint": sha256(resolve_source(config.MODEL.RESUME)),
         "weights": [weights, config.MODEL.WEIGHTS_KEY, config.MODEL.STRIP_PREFIX],
         "model": [config.MODEL.TYPE, config.MODEL.TIMM_NAME, dict(config.MODEL.STRIP_MLP)],
-        "preprocessing": [entries["preprocessing"], config.DATA.PIPELINE, config.DATA.FAST_RESIZE],
-        "images": dataset.source.fingerprint(),
+        "preprocessing": [preprocessing(config), config.DATA.PIPELINE, config.DATA.FAST_RESIZE],
+        "images": loader.dataset.source.fingerprint(),
     }
     return folder / f"features_{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.npy"
 
@@ -173,14 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    overrides = {"MODEL.RESUME": args.checkpoint, "MODEL.PRETRAINED": "", "EVAL_MODE": True}
-    overrides |= {"DATA.DATA_PATH": args.data_path} if args.data_path else {}
-    overrides |= {"DATA.DATASET": args.dataset} if args.dataset else {}
+    overrides = {"DATA.DATA_PATH": args.data_path, **({"DATA.DATASET": args.dataset} if args.dataset else {})}
     try:
-        if args.cfg:
-            config = load_config(args.cfg, args.opts, overrides)
-        else:
-            config = saved_config(args.checkpoint, overrides, args.opts)
+        config = checkpoint_config(args.checkpoint, args.cfg, opts=args.opts, overrides=overrides)
         train, test = all_features(config, args.cache, args.weights, torch.device(args.device))
         if train[2] != test[2]:
             raise ValueError(f"validation has classes that training lacks: {sorted(set(test[2]) - set(train[2]))[:5]}")
@@ -199,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="k-NN and logistic regression on frozen features.")
     parser.add_argument("checkpoint", help="checkpoint or weight file, or its https address with a checksum")
     parser.add_argument("--cfg", help="config file, for files that hold no configuration")
-    parser.add_argument("--data-path", help="folder of the data set (default: the configuration's)")
+    parser.add_argument("--data-path", required=True, help="folder of the data set")
     parser.add_argument("--dataset", help="name of the data set (default: the configuration's)")
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any key")
     parser.add_argument("--shots", type=int, nargs="+", default=[], metavar="N", help="also fit to N images per class")

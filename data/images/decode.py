@@ -125,7 +125,7 @@ def _decode_with_pillow(data: bytes, channels: int, *, reduction: int = 1) -> Pi
         with Image.open(BytesIO(data)) as image:
             if reduction > 1:
                 image.draft(None, (image.width // reduction, image.height // reduction))
-            return _to_mode(image, _MODES[channels]) if channels in _MODES else _to_bands(image, channels)
+            return convert_image(image, channels)
     except ImageReadError:
         raise
     except Exception as error:  # Pillow's plugins raise many types for foreign bytes (OSError, SyntaxError, ...)
@@ -135,6 +135,15 @@ def _decode_with_pillow(data: bytes, channels: int, *, reduction: int = 1) -> Pi
             if channels not in _MODES:
                 detail += f"; {channels} channels can be stored as a TIFF with a grey page for each"
         raise ImageReadError(f"{detail or 'decoding failed'} [{type(error).__name__}]") from error
+
+
+def convert_image(image: Image.Image, channels: int) -> Picture:
+    """Return an opened image with as many channels as asked for; see ``decode_image``.
+
+    Raises:
+        ImageReadError: a pixel format that has no 8-bit meaning, or another number of channels.
+    """
+    return _to_mode(image, _MODES[channels]) if channels in _MODES else _to_bands(image, channels)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

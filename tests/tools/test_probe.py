@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from models import build_model
 from tests.tiny_run import TinyRun
 from tools import probe
 from utils.checkpoint.files import load_checkpoint
@@ -34,7 +35,7 @@ def clusters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_checkpoint_is_enough_and_features_are_kept(tiny, checkpoint, tmp_path, capsys, monkeypatch):
-    words = (checkpoint, "--cache", tmp_path / "cache", "--shots", 2, "--seeds", 2)
+    words = (checkpoint, "--data-path", tiny.data, "--cache", tmp_path / "cache", "--shots", 2, "--seeds", 2)
     assert run(*words) == 0
     first = capsys.readouterr().out
     assert "64 features, 3 classes" in first
@@ -51,11 +52,11 @@ def test_a_checkpoint_is_enough_and_features_are_kept(tiny, checkpoint, tmp_path
 
 
 def test_features_are_what_the_classifier_gets(tiny, checkpoint, tmp_path):
-    run(checkpoint, "--cache", tmp_path)
-    config = probe.saved_config(str(checkpoint), {"MODEL.RESUME": str(checkpoint), "EVAL_MODE": True})
+    run(checkpoint, "--data-path", tiny.data, "--cache", tmp_path)
+    config = probe.checkpoint_config(checkpoint, overrides={"DATA.DATA_PATH": tiny.data})
     loader = probe.build_val_loader(config, device="cpu", of_train=True)
     file = probe.cache_file(tmp_path, config, None, loader)
-    model = probe.build_model(config).eval()
+    model = build_model(config).eval()
     model.load_state_dict(load_checkpoint(checkpoint)["model"])
     transform = probe.build_batch_transform(config, is_train=False, device="cpu")
     with torch.no_grad():
@@ -68,14 +69,14 @@ def test_models_of_timm_and_files_without_a_configuration(tiny, tmp_path, capsys
     torch.save(timm.create_model("test_convnext", num_classes=7).state_dict(), tmp_path / "weights.pth")
     words = (tmp_path / "weights.pth", "--data-path", tiny.data, "--cache", tmp_path / "cache")
     assert run(*words) == 2
-    assert "holds no configuration of this project; name one with --cfg" in capsys.readouterr().err
+    assert "Name the config file of its model, such as --cfg" in capsys.readouterr().err
     timm_model = ("MODEL.TYPE", "timm", "MODEL.TIMM_NAME", "test_convnext", "MODEL.NUM_CLASSES", 7)
     assert run(*words, "--cfg", tiny.cfg, "--opts", *timm_model) == 0
     assert "64 features, 3 classes" in capsys.readouterr().out
 
 
-def test_more_shots_than_images(checkpoint, tmp_path, capsys):
-    assert run(checkpoint, "--cache", tmp_path, "--shots", 9) == 2
+def test_more_shots_than_images(tiny, checkpoint, tmp_path, capsys):
+    assert run(checkpoint, "--data-path", tiny.data, "--cache", tmp_path, "--shots", 9) == 2
     assert "error: --shots 9: the smallest class has 8 training images" in capsys.readouterr().err
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import load_checkpoint, resolve_source
-from utils.checkpoint.schema import CLASSES, MAX_CONFIG, PREPROCESSING, Check, SchemaFault, text
+from utils.checkpoint.schema import CLASSES, CONFIG, PREPROCESSING, Check, SchemaFault, text
 from utils.checkpoint.store import CheckpointStore, step_inside
 from utils.config import (
     CROP_RATIO,
@@ -51,21 +51,7 @@ def starting_point(config: CfgNode, store: CheckpointStore) -> Path | None:
 def class_names(source: str) -> list[str]:
     """Return the class names that a checkpoint holds, in the order of its scores; none if it holds no names."""
     path = resolve_source(source)
-    return list(_own_entry(load_checkpoint(path, map_location="meta"), "classes", CLASSES, path) or ())
-
-
-def saved_config(source: str, overrides: Mapping[str, Any], opts: Sequence[str] = ()) -> CfgNode:
-    """Return the configuration that a checkpoint holds, changed as ``utils.config.parse_config`` does.
-
-    Raises:
-        CheckpointError: the file holds none.
-        ValueError: with all problems of the changed configuration.
-    """
-    path = resolve_source(source)
-    held = _own_entry(load_checkpoint(path, map_location="meta"), "config", text(MAX_CONFIG), path)
-    if not held:
-        raise CheckpointError(f"{path} holds no configuration of this project; name one with --cfg")
-    return parse_config(held, str(path), overrides, opts)
+    return list(stored_classes(load_checkpoint(path, map_location="meta"), path))
 
 
 def checkpoint_metadata(
@@ -84,11 +70,11 @@ def checkpoint_metadata(
         "classes": list(classes),
         "num_samples": num_samples,
         **({} if held_out is None else {"held_out": held_out}),
-        "preprocessing": _preprocessing(config),
+        "preprocessing": preprocessing(config),
     }
 
 
-def _preprocessing(config: CfgNode) -> dict[str, Any]:
+def preprocessing(config: CfgNode) -> dict[str, Any]:
     """Return what evaluation does to an image; see ``utils.config.short_side``."""
     side = short_side(config.DATA.IMG_SIZE, crop=config.TEST.CROP)
     mean, std = normalisation(config)
@@ -104,6 +90,31 @@ def _preprocessing(config: CfgNode) -> dict[str, Any]:
 
 def _plain(size: int | tuple[int, int] | None) -> int | list[int] | None:
     return list(size) if isinstance(size, tuple) else size
+
+
+def stored_config(source: str | Path) -> str:
+    """Return the text of the configuration that a checkpoint of this project was trained with.
+
+    Args:
+        source: a path, or ``https://...#sha256=...``.
+
+    Raises:
+        CheckpointError: the file holds none, or cannot be read.
+        FileNotFoundError, ValueError: there is no such file.
+    """
+    path = resolve_source(str(source))
+    payload = load_checkpoint(path, map_location="meta")
+    if "format_version" not in payload or "config" not in payload:
+        raise CheckpointError(
+            f"{path} holds weights, but not the configuration of its model: it is not a checkpoint of this project's "
+            "training. Name the config file of its model, such as --cfg configs/<leaf>.yaml"
+        )
+    return _own_entry(payload, "config", CONFIG, path)
+
+
+def stored_classes(payload: dict[str, Any], path: Path | str) -> tuple[str, ...]:
+    """Return the class names of a checkpoint in the order of its scores; empty if it has none."""
+    return tuple(_own_entry(payload, "classes", CLASSES, path) or ())
 
 
 def check_continuation(
@@ -292,7 +303,7 @@ def warn_preprocessing(
         theirs.pop("crop", None)  # older files hold TEST.CROP, which has no effect on small images
     if not theirs and config.MODEL.TYPE == "timm":
         _warn_of_timm_preprocessing(config, model, path)
-    ours = _preprocessing(config)
+    ours = preprocessing(config)
     for key in sorted(set(theirs) & set(ours)):
         if theirs[key] != ours[key]:
             logger.warning(

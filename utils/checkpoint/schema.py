@@ -220,6 +220,7 @@ def _load_numpy(state: Any) -> None:
 
 
 CLASSES = sequence(text())
+CONFIG = _config
 _TENSORS = mapping(text(1000), tensor)
 _RNG = record(
     {

@@ -67,12 +67,12 @@ def load_teacher(
     return Teacher(model.to(device), config, digest=digest, ours=ours, theirs=theirs)
 
 
-def _check_count(count: int | None, num_classes: int, name: object) -> None:
+def _check_count(count: int | None, wanted: int, name: object) -> None:
     """Raise a ValueError if the teacher is known to be for another number of classes."""
-    if count not in (None, num_classes):
+    if count not in (None, wanted):
         raise ValueError(
-            f"the teacher {name} knows {count} classes, this run has {num_classes}; it must have been trained on the "
-            "same classes"
+            f"the teacher {name} knows {count} classes, this run has {wanted}; it must have been trained on the same "
+            "classes"
         )
 
 
@@ -111,9 +111,8 @@ def _from_timm(config: CfgNode, path: Path | None, remap: Remap, num_classes: in
 
     if path is None:
         with suppress(RuntimeError):  # an unknown tag, which ``create`` reports
-            _check_count(
-                getattr(timm.get_pretrained_cfg(name), "num_classes", None), num_classes, name
-            )  # before a download
+            known = timm.get_pretrained_cfg(name)
+            _check_count(getattr(known, "num_classes", None), num_classes, name)  # before a download
         once_per_machine(create, what=f"fetching the teacher {name}")  # one process downloads, the others find the file
     model = create()
     if path is not None:

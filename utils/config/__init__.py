@@ -16,7 +16,7 @@ from utils.config.facts import (
     short_side,
 )
 from utils.config.keys import default_config, require_known_key
-from utils.config.loading import load_config, parse_config, run_folder
+from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
 from utils.config.recipe import config_notices, recipe_deviations, recipe_differences, short_of_updates
 from utils.config.values import expand_path, read_arguments
 
@@ -33,6 +33,7 @@ __all__ = [
     "expand_path",
     "input_shape",
     "load_config",
+    "load_stored_config",
     "mixes",
     "normalisation",
     "odd_batch_problem",

@@ -3,15 +3,16 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from yacs.config import CfgNode
 
 from utils.config.dumping import annotate_config
 from utils.config.keys import KEYS, require_known_key
-from utils.config.loading import load_with_sources
+from utils.config.loading import load_stored_config, load_with_sources
 from utils.config.suggest import did_you_mean
+from utils.errors import CheckpointError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,11 +33,16 @@ class _Parser(argparse.ArgumentParser):
         return did_you_mean(word.split("=", 1)[0], self._option_string_actions) if word.startswith("-") else ""
 
 
-def build_parser(description: str = "") -> argparse.ArgumentParser:
-    """Return a parser with the flags that training and evaluation share."""
-    usage = "%(prog)s --cfg FILE [flags] [--opts KEY VALUE ...]; --help lists the flags"
+def build_parser(description: str = "", *, takes_checkpoint: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the flags that training and evaluation share, and with CHECKPOINT if one is taken."""
+    start = "(CHECKPOINT | --cfg FILE)" if takes_checkpoint else "--cfg FILE"
+    usage = f"%(prog)s {start} [flags] [--opts KEY VALUE ...]; --help lists the flags"
     parser = _Parser(usage=usage, description=description or None, allow_abbrev=False)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="config file (.yaml)")
+    if takes_checkpoint:
+        parser.add_argument(
+            "checkpoint", nargs="?", metavar="CHECKPOINT", help="file to evaluate; it holds its own configuration"
+        )
+    parser.add_argument("--cfg", required=not takes_checkpoint, metavar="FILE", help="config file (.yaml)")
     parser.add_argument(
         "--opts",
         nargs="+",
@@ -89,7 +95,11 @@ def _add_key_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(
-    argv: Sequence[str] | None = None, description: str = "", *, evaluation: bool = False
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    *,
+    evaluation: bool = False,
+    stored_config: Callable[[str], str] | None = None,
 ) -> tuple[argparse.Namespace, CfgNode]:
     """Read the command line and the configuration that it names.
 
@@ -99,22 +109,42 @@ def parse(
         argv: the words after the program's name; None takes those of this process.
         description: first line of ``--help``.
         evaluation: the program only evaluates, as if ``--eval`` were given.
+        stored_config: returns the configuration text in a checkpoint. Where it is given, the program takes CHECKPOINT,
+            whose configuration is used unless ``--cfg`` names another.
 
     Returns:
         (parsed flags, frozen configuration); a flag that was not given is None.
     """
-    parser = build_parser(description)
+    parser = build_parser(description, takes_checkpoint=stored_config is not None)
     args = parser.parse_args(argv)
+    checkpoint = getattr(args, "checkpoint", None)
+    if stored_config is not None:
+        _require_one_source(parser, args)
     overrides = {name: value for name, value in vars(args).items() if name in KEYS and value is not None}
     if evaluation:
         overrides["EVAL_MODE"] = True
+    if checkpoint:
+        overrides["MODEL.RESUME"] = checkpoint
     try:
         for name in args.allow_change:
             require_known_key(name)
-        config, sources = load_with_sources(args.cfg, args.opts, overrides)
-    except (ValueError, OSError) as error:
+        if args.cfg:
+            config, sources = load_with_sources(args.cfg, args.opts, overrides)
+        else:
+            config, sources = load_stored_config(stored_config(checkpoint), checkpoint, args.opts, overrides)
+    except (ValueError, OSError, CheckpointError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if args.print_config:
         sys.stdout.write(annotate_config(config, sources))
         parser.exit()
     return args, config
+
+
+def _require_one_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program if neither a checkpoint nor a config file is named, or two checkpoints are."""
+    resume = getattr(args, "MODEL.RESUME")
+    if not args.checkpoint and not args.cfg:
+        alone = f"; if {resume} is a checkpoint of this project, name it without --resume" if resume else ""
+        parser.error(f"name a CHECKPOINT, or a config file with --cfg{alone}")
+    if args.checkpoint and resume:
+        parser.error(f"CHECKPOINT {args.checkpoint} and --resume {resume}: name one file to evaluate")

@@ -18,6 +18,8 @@ from utils.config.suggest import did_you_mean
 from utils.config.values import expand_path
 
 COMMAND_LINE = "the command line"
+# What a stored configuration does not decide for a later call, besides all paths.
+CALL_KEYS = ("MODEL.WEIGHTS_KEY", "MODEL.STRIP_PREFIX", "EVAL_MODE", "THROUGHPUT_MODE")
 AMP_OF_OPT_LEVEL = {"O0": "off", "O1": "fp16", "O2": "fp16"}
 
 # Keys that older versions of such configs hold, and where their value comes from now.
@@ -53,21 +55,54 @@ def load_with_sources(
     return _build(layers, problems, str(cfg_file))
 
 
-def parse_config(text: str, name: str, overrides: Mapping[str, Any] | None = None, opts: Sequence[str] = ()) -> CfgNode:
+def parse_config(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> CfgNode:
     """Read a configuration from the text that ``dump_config`` made.
 
     Args:
         text: the YAML text.
         name: where the text comes from, for messages.
-        overrides, opts: as in ``load_config``.
+        overrides: as in ``load_config``.
 
     Raises:
         ValueError: with all problems, one per line.
     """
     problems: list[str] = []
-    layers = [text_layer(text, name, problems), Layer("--opts", _pairs(opts, problems))]
-    layers.append(Layer(COMMAND_LINE, list((overrides or {}).items())))
+    layers = [text_layer(text, name, problems), Layer(COMMAND_LINE, list((overrides or {}).items()))]
     return _build(layers, problems, name)[0]
+
+
+def load_stored_config(
+    text: str, name: str, opts: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> tuple[CfgNode, dict[str, str]]:
+    """Read the configuration that a checkpoint holds, to evaluate the checkpoint, and apply the command line.
+
+    Places (paths of data, caches, output and weights) and what that run was asked to do are not taken from it: they
+    belong to the machine and the call.
+
+    Args:
+        text: the YAML text that ``dump_config`` made.
+        name: the checkpoint, for messages.
+        opts, overrides: as in ``load_config``.
+
+    Returns:
+        (frozen configuration, source of each key that is given)
+
+    Raises:
+        ValueError: with all problems, one per line.
+    """
+    problems: list[str] = []
+    stored = text_layer(text, name, problems)
+    kept = [(key, value) for key, value in stored.values if not (key in KEYS and _belongs_to_call(key))]
+    layers = [
+        Layer(name, kept, expand=False),
+        Layer("--opts", _pairs(opts, problems)),
+        Layer(COMMAND_LINE, list((overrides or {}).items())),
+    ]
+    return _build(layers, problems, name)
+
+
+def _belongs_to_call(key: str) -> bool:
+    return KEYS[key].is_path or key in CALL_KEYS
 
 
 def run_folder(config: CfgNode) -> Path:

@@ -12,6 +12,7 @@ from utils.runtime.distributed import (
 )
 from utils.runtime.files import atomic_file, free_bytes, link_or_copy, set_aside, side_file, write_text_atomic
 from utils.runtime.hardware import cpu_features, crowding_advice, describe_cpu
+from utils.runtime.launch import select_device
 from utils.runtime.processes import once_per_machine, usable_cores
 from utils.runtime.random_state import (
     integer_seed,
@@ -47,6 +48,7 @@ __all__ = [
     "Run",
     "seed_streams",
     "seeded_streams",
+    "select_device",
     "set_aside",
     "set_random_state",
     "side_file",

@@ -1,8 +1,8 @@
 """Exact evaluation, and throughput."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ def evaluate(
     batch_transform: Callable[..., tuple[Tensor, Tensor]],
     should_stop: Callable[[], str] | None = None,
     columns: Sequence[int] | None = None,
+    observe: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> EvalResult | None:
     """Evaluate on the shards of all processes; every sample counts once, whatever the number of processes. Collective.
 
@@ -55,6 +56,7 @@ def evaluate(
         batch_transform: ``data.build_batch_transform(..., is_train=False)``.
         should_stop: asked every ``POLL_BATCHES`` batches; collective, with the same answer on all processes.
         columns: the score of each label, where the data set holds a part of the classes; the others are left out.
+        observe: called for each batch of this process with scores (B, classes), targets (B,) and sample indices (B,).
 
     Returns:
         The result, the same on all processes; None if ``should_stop`` ended the evaluation.
@@ -67,9 +69,7 @@ def evaluate(
     common_batches = num_samples // get_world_size() // loader.batch_size
     counts = torch.zeros(2, len(loader.dataset.classes) + 1, dtype=torch.int64, device=device)  # see _count
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluation_mode(model):
         for number, (images, targets, indices) in enumerate(loader):
             if should_stop and number < common_batches and number % POLL_BATCHES == 0 and should_stop():
                 return None
@@ -79,9 +79,19 @@ def evaluate(
             logits = (logits if columns is None else logits[:, columns]).float()
             _count(logits, targets, counts)
             loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
+            if observe is not None:
+                observe(logits, targets, indices)
+    return _summarise(counts, loss_sum, num_samples)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return _summarise(counts, loss_sum, num_samples)
 
 
 def _count(logits: Tensor, targets: Tensor, counts: Tensor) -> None:
