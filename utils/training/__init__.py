@@ -9,7 +9,7 @@ from utils.training.meters import RunningMeans, UpdateTimer
 from utils.training.optimizer import build_optimizer
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.precision import Precision, build_precision
-from utils.training.records import epoch_row, log_updates, record_epoch, trim_metrics
+from utils.training.records import curves_figure, epoch_row, log_updates, metrics_rows, record_epoch, trim_metrics
 from utils.training.state import Progress, TrainState
 
 __all__ = [
@@ -22,12 +22,14 @@ __all__ = [
     "check_compiler",
     "compile_and_warm_up",
     "compile_model",
+    "curves_figure",
     "epoch_row",
     "EvalResult",
     "evaluate",
     "global_batch_size",
     "log_updates",
     "measure_throughput",
+    "metrics_rows",
     "NonFiniteGuard",
     "poison_nonfinite",
     "Precision",
