@@ -17,7 +17,13 @@ from utils.config.facts import (
 )
 from utils.config.keys import default_config, require_known_key
 from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
-from utils.config.recipe import config_notices, recipe_deviations, recipe_differences, short_of_updates
+from utils.config.recipe import (
+    config_differences,
+    config_notices,
+    recipe_deviations,
+    recipe_differences,
+    short_of_updates,
+)
 from utils.config.values import expand_path, read_arguments
 
 __all__ = [
@@ -27,6 +33,7 @@ __all__ = [
     "FOLDER_DATASETS",
     "SMALL",
     "as_pair",
+    "config_differences",
     "config_notices",
     "default_config",
     "dump_config",

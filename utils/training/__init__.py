@@ -10,7 +10,7 @@ from utils.training.meters import RunningMeans, UpdateTimer
 from utils.training.optimizer import build_optimizer, is_fused, kept_state
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.precision import Precision, build_precision
-from utils.training.records import epoch_row, log_updates, record_epoch, trim_metrics
+from utils.training.records import curves_figure, epoch_row, log_updates, metrics_rows, record_epoch, trim_metrics
 from utils.training.state import Progress, TrainState
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "check_compiler",
     "compile_and_warm_up",
     "compile_model",
+    "curves_figure",
     "epoch_row",
     "EvalResult",
     "evaluate",
@@ -32,6 +33,7 @@ __all__ = [
     "kept_state",
     "log_updates",
     "measure_throughput",
+    "metrics_rows",
     "NonFiniteGuard",
     "poison_nonfinite",
     "Precision",
