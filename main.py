@@ -142,7 +142,7 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
 def build_training(session: Session) -> tuple[DistributedDataParallel, TrainState]:
     """Build the model, its distributed wrapper and what trains it; the state holds the bare model."""
     config, run, precision = session.config, session.run, session.precision
-    model = accelerate(build_model(config).to(run.device), run.device)
+    model = accelerate(build_model(config).to(run.device), run.device, lean=config.TRAIN.LEAN)
     ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN)
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)

@@ -12,16 +12,19 @@ def has_fast_forms() -> bool:
     return spec is not None and spec.has_location
 
 
-def accelerate(model: nn.Module, device: torch.device) -> nn.Module:
-    """Attach the faster training form in place where it was measured to pay on ``device``; return the model.
+def accelerate(model: nn.Module, device: torch.device, *, lean: str = "auto") -> nn.Module:
+    """Attach the faster training forms for ``device`` in place; return the model.
 
-    A model without Strip-MLP's blocks, e.g. a timm baseline, is left alone.
+    Args:
+        model: a model; one without Strip-MLP's blocks, e.g. a timm baseline, is left alone.
+        device: where it will be trained.
+        lean: hand-written gradients, which keep less for the backward pass: ``"on"``, ``"off"``, or ``"auto"``, on
+            where they were measured to be faster.
     """
     if has_fast_forms():
         from . import fast
 
-        if device.type in fast.DEVICES:
-            fast.accelerate(model)
+        fast.accelerate(model, device.type, lean=lean == "on" or (lean == "auto" and device.type in fast.DEVICES))
     return model
 
 
