@@ -3,7 +3,7 @@
 from .build import build_model
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model
-from .forms import accelerate, inference_form
+from .forms import accelerate, gpu_path, inference_form
 from .strip_mlp import StripMLPNet
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "build_model",
     "check_model",
     "from_published",
+    "gpu_path",
     "inference_form",
     "to_published",
 ]

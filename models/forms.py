@@ -1,5 +1,7 @@
 """The forms of a model that are only faster: attached where they pay, left out where ``models/fast`` is missing."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -31,3 +33,19 @@ def accelerate(model: nn.Module, device: torch.device, *, lean: str = "auto") ->
 def inference_form(model: nn.Module) -> nn.Module:
     """Return the folded form of the model for inference where it has one (the same scores, faster), else the model."""
     return model.to_inference() if hasattr(model, "to_inference") and has_fast_forms() else model
+
+
+@contextmanager
+def gpu_path() -> Iterator[None]:
+    """Let the models take the path of a GPU for tensors on the CPU, to count or to test on a machine without one."""
+    if not has_fast_forms():
+        yield
+        return
+    from .fast import ops
+
+    cpu_types = ops.CPU_TYPES
+    try:
+        ops.CPU_TYPES = frozenset()
+        yield
+    finally:
+        ops.CPU_TYPES = cpu_types

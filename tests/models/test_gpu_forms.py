@@ -1,10 +1,12 @@
 """The forms for GPUs: the same functions, tried on the CPU, which is told to take their path."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from models import gpu_path
 from models.blocks import StripMLPLayer
 from models.fast import accelerate, ops
 from models.fast.gpu import ProductStripMLPLayer, SquareDepthwiseConv2d
@@ -14,8 +16,9 @@ from tests.golden.load import golden_model, images, training_step
 
 
 @pytest.fixture(autouse=True)
-def gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "CPU_TYPES", frozenset())
+def _gpu_path() -> Iterator[None]:
+    with gpu_path():
+        yield
 
 
 @pytest.mark.parametrize("axis", ("row", "column"))

@@ -18,6 +18,7 @@ import math
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.fast import ops
+from models import gpu_path
 from tools.bench.candidates import PRECISIONS, Candidate, Setting, autocast, build_network, in_form
 from tools.bench.report import Report, Table
 from utils.training import compile_model
@@ -131,15 +132,9 @@ def count(candidate: Candidate, setting: Setting, mode: str) -> Counts:
         return _count(_fake(network), candidate, setting, mode)
 
 
-@contextlib.contextmanager
-def _path_of(device: torch.device) -> Iterator[None]:
-    """Let our networks take the path of ``device`` for tensors on the CPU, where PyTorch can fake them anywhere."""
-    cpu_types = ops.CPU_TYPES
-    try:
-        ops.CPU_TYPES = cpu_types if device.type == "cpu" else frozenset()
-        yield
-    finally:
-        ops.CPU_TYPES = cpu_types
+def _path_of(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which our networks take the path of ``device``; PyTorch can fake a CPU's tensors anywhere."""
+    return contextlib.nullcontext() if device.type == "cpu" else gpu_path()
 
 
 def _count(network: nn.Module, candidate: Candidate, setting: Setting, mode: str) -> Counts:
