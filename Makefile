@@ -31,7 +31,7 @@ lint: $(VENV)/.installed-dev
 	@$(RUN) -m ruff format --check .
 
 faults: $(VENV)/.installed-dev
-	@$(RUN) -m pytest -m "faults or not faults" tests/faults tests/checkpoint/test_hostile_files.py
+	@$(RUN) -m pytest -m "faults or not faults" tests/faults tests/checkpoint/test_hostile_files.py tests/models/test_resample.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 import main_eval
 from data import build_batch_transform, build_train_loader, build_val_loader, check_data, check_transform
-from models import accelerate, build_model, check_model, from_published
+from models import accelerate, build_model, check_model, fit_weights, from_published
 from utils.checkpoint import (
     BEST,
     CheckpointStore,
@@ -187,6 +187,7 @@ def load_starting_point(state: TrainState, session: Session, allow_change: Seque
             state.model,
             config.MODEL.PRETRAINED,
             remap=from_published,
+            fit=fit_weights,
             prefer_ema=True,
             replace_head=True,
             classes=session.metadata["classes"],

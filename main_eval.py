@@ -19,9 +19,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
 from data import build_batch_transform, build_val_loader, check_data, check_transform
-from models import build_model, check_model, from_published, inference_form
+from models import build_model, check_model, fit_weights, from_published, inference_form
 from utils.checkpoint import class_columns, load_weights, resolve_source, sha256, warn_preprocessing, weight_options
-from utils.config import parse
+from utils.config import input_shape, parse
 from utils.runtime import Run, StopRequest, start_run, write_text_atomic
 from utils.training import EvalResult, build_precision, evaluate, measure_throughput
 
@@ -68,6 +68,7 @@ def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = 
         model,
         source,
         remap=from_published,
+        fit=fit_weights,
         prefer_ema=weights != "model",
         require_ema=weights == "ema",
         **weight_options(config),
@@ -101,6 +102,7 @@ def write_result(config: CfgNode, process: Run, result: EvalResult, source: str)
         "sha256": sha256(resolve_source(source)),
         "config": config.MODEL.NAME,
         "dataset": config.DATA.DATASET,
+        "img_size": config.DATA.IMG_SIZE,
     }
     write_text_atomic(process.output_dir / "eval.json", json.dumps(row, indent=1) + "\n")
     logger.info("written to %s", process.output_dir / "eval.json")
@@ -112,8 +114,7 @@ def throughput(config: CfgNode, process: Run) -> None:
     model: nn.Module = build_model(config).to(process.device).eval()
     model = inference_form(model)
     precision = build_precision(config, process.device)
-    size = config.DATA.IMG_SIZE
-    images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.STRIP_MLP.IN_CHANS, size, size, device=process.device)
+    images = torch.randn(config.DATA.BATCH_SIZE, *input_shape(config), device=process.device)
     images = images.to(memory_format=torch.channels_last)
     rate = measure_throughput(model, images, autocast=precision.autocast, seconds=THROUGHPUT_SECONDS)
     logger.info(
@@ -121,8 +122,7 @@ def throughput(config: CfgNode, process: Run) -> None:
         config.MODEL.NAME,
         rate,
         config.DATA.BATCH_SIZE,
-        size,
-        size,
+        *images.shape[2:],
         precision.description,
     )
 

@@ -18,7 +18,7 @@ from data.sources.classes import order_classes
 from data.sources.layout import check_layout
 from data.sources.listing import class_folders
 from data.sources.zip import ZipSource
-from utils.config import FOLDER_DATASETS
+from utils.config import FOLDER_DATASETS, as_pair
 from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cores
 
 _WRITE_BATCH = 64  # images
@@ -27,7 +27,7 @@ _WRITE_BATCH = 64  # images
 def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:
     """Return the training loader of this process.
 
-    It yields (images, targets, indices): images uint8 (B, 3, S, S) in channels-last memory (fast pipeline) or
+    It yields (images, targets, indices): images uint8 (B, C, H, W) in channels-last memory (fast pipeline) or
     normalised float (reference pipeline), int64 labels and sample indices (B,). ``loader.sampler`` is a TrainSampler:
     call its ``set_progress`` before each epoch. It gives whole batches only.
     """
@@ -73,21 +73,21 @@ def build_dataset(config: CfgNode, *, is_train: bool) -> ImageDataset:
 
 def _build_source(config: CfgNode, *, is_train: bool) -> Source:
     data = config.DATA
-    as_array = data.PIPELINE == "fast"
+    images = {"as_array": data.PIPELINE == "fast", "channels": config.MODEL.STRIP_MLP.IN_CHANS}
     if data.DATASET == "digits":
-        return digits_source(is_train=is_train, as_array=as_array)
+        return digits_source(is_train=is_train, **images)
     if not data.DATA_PATH:
         raise ValueError(f"DATA.DATASET {data.DATASET!r} needs DATA.DATA_PATH (--data-path): where are the images?")
     prefix = "train" if is_train else "val"
     check_layout(data.DATA_PATH, data.DATASET, zip_mode=data.ZIP_MODE, part=prefix)
     if data.DATASET not in FOLDER_DATASETS:
-        return cifar_source(data.DATASET, data.DATA_PATH, is_train=is_train, download=data.DOWNLOAD, as_array=as_array)
+        return cifar_source(data.DATASET, data.DATA_PATH, is_train=is_train, download=data.DOWNLOAD, **images)
     if data.ZIP_MODE:
-        source = ZipSource(data.DATA_PATH, prefix, cache_mode=data.CACHE_MODE, as_array=as_array)
+        source = ZipSource(data.DATA_PATH, prefix, cache_mode=data.CACHE_MODE, **images)
     else:
         folder = Path(data.DATA_PATH)
         classes = () if is_train else class_folders(folder / "train")  # val/ may lack a class
-        source = FolderSource(folder / prefix, as_array=as_array, classes=classes)
+        source = FolderSource(folder / prefix, classes=classes, **images)
     order_classes(source, data.CLASS_ORDER, data.DATA_PATH)
     return source
 
@@ -98,8 +98,7 @@ def _finished_source(dataset: ImageDataset, folder: Path) -> FinishedSource:
     Raises:
         RuntimeError: the file could not be written, or an image could not be read; on all processes alike.
     """
-    size = dataset.transform.size
-    shape = (len(dataset), size, size, 3)
+    shape = (len(dataset), *as_pair(dataset.transform.size), dataset.source.channels)
     file = finished_file(folder, dataset.source, dataset.transform)
 
     def write_if_missing() -> None:

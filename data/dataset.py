@@ -30,7 +30,7 @@ class ImageDataset(Dataset):
 
     Args:
         source: where the images come from.
-        transform: picture -> uint8 array (S, S, 3), or float tensor (3, S, S) in the reference pipeline.
+        transform: picture -> uint8 array (H, W, C), or float tensor (C, H, W) in the reference pipeline.
         seed: seed of the run.
         skip_bad: in training, replace each image that cannot be read by another sample of the same epoch, chosen by
             the key alone. Such images are logged, and listed by ``bad_indices``.

@@ -4,6 +4,7 @@ from .build import build_model
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model
 from .forms import accelerate, gpu_path, inference_form
+from .resample import fit_weights
 from .strip_mlp import StripMLPNet
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "accelerate",
     "build_model",
     "check_model",
+    "fit_weights",
     "from_published",
     "gpu_path",
     "inference_form",

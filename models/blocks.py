@@ -8,10 +8,13 @@ Legend, for the shapes after every reshape and permute:
     B batch, C channels, K = mlp_ratio * C hidden channels, H rows, W columns,
     D = C / 2 channels of one branch, P patches, G = D / P channels per patch.
 All maps are (B, C, H, W) in channels_last memory order.
+
+What belongs to a size: row mixing to W, column mixing to H, the position tables to both; ``models.resample`` turns such
+weights into those of another size. A ``size`` is (H, W), or one number for a square.
 """
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,23 +22,26 @@ from .layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add
 
 
 class RelativePosition(nn.Module):
-    """Learned relative position map, ``pos[d, h, w] = table[w - h + size, d]``.
+    """Learned relative position map, ``pos[d, h, w] = table[w - h + H, d]``.
+
+    The first and the last row of the table are never read.
 
     Args:
         dim: channels D.
-        size: rows and columns of the map.
+        size: (H, W) of the map.
     Shape: () -> (D, H, W).
     """
 
-    def __init__(self, dim: int, size: int) -> None:
+    def __init__(self, dim: int, size: int | tuple[int, int]) -> None:
         super().__init__()
-        self.size = size
-        self.table = nn.Parameter(torch.empty(2 * size + 1, dim))
+        self.size = to_2tuple(size)
+        self.table = nn.Parameter(torch.empty(sum(self.size) + 1, dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self) -> Tensor:
-        windows = self.table.unfold(0, self.size, 1)  # (2H+1, D) -> (H+2, D, W), window i holds the rows i .. i+W-1
-        windows = windows[1 : self.size + 1].permute(0, 2, 1)  # (H+2, D, W) -> (H, W, D)
+        height, width = self.size
+        windows = self.table.unfold(0, width, 1)  # (H+W+1, D) -> (H+2, D, W), window i holds the rows i .. i+W-1
+        windows = windows[1 : height + 1].permute(0, 2, 1)  # (H+2, D, W) -> (H, W, D)
         return windows.flip(0).permute(2, 0, 1)  # row h of the map is window H - h -> (D, H, W), channels_last
 
 
@@ -49,7 +55,7 @@ class StripMLPLayer(nn.Module):
 
     Args:
         dim: channels D.
-        size: rows and columns of the map.
+        size: tokens that are mixed, W for rows and H for columns.
         num_patches: patches P, a divisor of D.
         axis: ``"row"`` mixes along the rows as above, ``"column"`` along the columns (H and W change places).
         strip_width: rows that a token sees, odd.
@@ -97,19 +103,20 @@ class CGSMM(nn.Module):
 
     Args:
         dim: channels D.
-        size: rows and columns of the map.
+        size: (H, W) of the map.
         num_patches: patches P of the Strip MLP layers.
     Shape: (B, D, H, W) -> same.
     """
 
-    def __init__(self, dim: int, size: int, num_patches: int) -> None:
+    def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int) -> None:
         super().__init__()
+        height, width = to_2tuple(size)
         self.row_position = RelativePosition(dim, size)
-        self.row_mix = StripMLPLayer(dim, size, num_patches, "row")
+        self.row_mix = StripMLPLayer(dim, width, num_patches, "row")
         self.row_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
         self.norm = nn.BatchNorm2d(dim)
         self.column_position = RelativePosition(dim, size)
-        self.column_mix = StripMLPLayer(dim, size, num_patches, "column")
+        self.column_mix = StripMLPLayer(dim, height, num_patches, "column")
         self.column_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -154,14 +161,14 @@ class StripMixingBlock(nn.Module):
 
     Args:
         dim: channels C, even.
-        size: rows and columns of the map.
+        size: (H, W) of the map.
         num_patches: patches P of the Strip MLP layers, a divisor of C / 2.
     Shape: (B, C, H, W) -> same.
     Raises:
         ValueError: if ``dim`` is odd, or ``num_patches`` does not divide C / 2.
     """
 
-    def __init__(self, dim: int, size: int, num_patches: int) -> None:
+    def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int) -> None:
         super().__init__()
         if dim % 2 != 0:
             raise ValueError(f"{dim} channels cannot be split in two halves; choose an even number")
@@ -206,14 +213,22 @@ class StripMLPBlock(nn.Module):
 
     Args:
         dim: channels C.
-        size: rows and columns of the map.
+        size: (H, W) of the map.
         num_patches: patches P of the Strip MLP layers.
         mlp_ratio: hidden channels of the channel mixing over C (alpha in the paper).
         drop_path: probability that a sample skips a branch in training.
     Shape: (B, C, H, W) -> same.
     """
 
-    def __init__(self, dim: int, size: int, num_patches: int, *, mlp_ratio: float = 3, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        size: int | tuple[int, int],
+        num_patches: int,
+        *,
+        mlp_ratio: float = 3,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.strip_mixing = StripMixingBlock(dim, size, num_patches)
         self.channel_mixing = ChannelMixingBlock(dim, int(mlp_ratio * dim))

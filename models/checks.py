@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from .build import build_model
@@ -75,8 +76,7 @@ def _kept_bytes(model: nn.Module, config: "CfgNode", *, training: bool) -> int:
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    size = config.DATA.IMG_SIZE
-    batch = torch.empty(config.DATA.BATCH_SIZE, config.MODEL.STRIP_MLP.IN_CHANS, size, size)
+    batch = torch.empty(config.DATA.BATCH_SIZE, config.MODEL.STRIP_MLP.IN_CHANS, *to_2tuple(config.DATA.IMG_SIZE))
     with torch.set_grad_enabled(training), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         scores = model(batch)
     if not isinstance(scores, Tensor) or scores.shape != (config.DATA.BATCH_SIZE, config.MODEL.NUM_CLASSES):

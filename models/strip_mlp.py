@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .blocks import StripMLPBlock
 from .checkpoint_compat import from_published
 from .layers import checkpointed, downsample, drop_path_rates
+from .resample import resample_weights, set_map_size
 
 __all__ = ["StripMLPNet"]
 
@@ -28,19 +30,20 @@ def published_num_patches(channels: int) -> int:
     return 2 if channels % 80 == 0 else 4
 
 
-def square_side(img_size: int | tuple[int, int], multiple: int) -> int:
-    """Return the side of a square image given as an int or a pair, in pixels.
+def image_sides(img_size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Return (H, W) in pixels of an image size given as a pair, or as one number for a square.
 
     Raises:
-        ValueError: if the pair is not square, or the side is not a positive multiple of ``multiple``.
+        ValueError: if a side is not a positive multiple of ``multiple``.
     """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if height != width:
-        raise ValueError(f"img_size is {height} x {width}; Strip-MLP mixes rows and columns alike: give a square")
-    if height <= 0 or height % multiple != 0:
-        near = max(multiple, round(height / multiple) * multiple)
-        raise ValueError(f"img_size is {height}, which is not a multiple of {multiple} (8 * patch_size); use {near}")
-    return height
+    sides = to_2tuple(img_size)
+    if len(sides) != 2:
+        raise ValueError(f"img_size is {img_size}; give one number, or the two of (height, width)")
+    near = [max(multiple, round(side / multiple) * multiple) for side in sides]
+    if list(sides) != near:
+        given, use = (sides[0], near[0]) if sides[0] == sides[1] else (sides, tuple(near))
+        raise ValueError(f"img_size is {given}, which is not a multiple of {multiple} (8 * patch_size); use {use}")
+    return sides
 
 
 def _check_arguments(
@@ -70,7 +73,8 @@ class StripMLPNet(nn.Module):
     stages 3 and 4, and that of stage 2 to stage 4.
 
     Args:
-        img_size: rows and columns of the input, a multiple of 8 * patch_size; the strip weights belong to this size.
+        img_size: (H, W) of the input, or one number for a square; multiples of 8 * patch_size. The strip mixing weights
+            belong to this size; ``set_input_size`` resamples them for another.
         patch_size: side of the non-overlapping patches of the embedding.
         in_chans: channels of the input.
         num_classes: outputs of the head; 0 leaves the head out.
@@ -81,7 +85,7 @@ class StripMLPNet(nn.Module):
         drop_rate: dropout before the head.
         drop_path_rate: probability that a sample skips a branch in training.
         drop_path_schedule: ``"constant"``, the rate in every block as published, or ``"linear"``, from 0 up to it.
-    Shape: (B, in_chans, img_size, img_size) -> (B, num_classes).
+    Shape: (B, in_chans, *img_size) -> (B, num_classes).
     Raises:
         ValueError: if an argument is out of range, or the sizes do not divide.
     """
@@ -103,7 +107,7 @@ class StripMLPNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_arguments(in_chans, num_classes, embed_dim, depths, mlp_ratio, drop_rate)
-        self.img_size, self.in_chans, self.num_classes = square_side(img_size, 8 * patch_size), in_chans, num_classes
+        self.img_size, self.in_chans, self.num_classes = image_sides(img_size, 8 * patch_size), in_chans, num_classes
         self.num_features = self.head_hidden_size = 8 * embed_dim
         self.grad_checkpointing = False
         rates = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_schedule))
@@ -115,7 +119,7 @@ class StripMLPNet(nn.Module):
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, bias=False)
         self.stages = nn.ModuleList()
         for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            size = self.img_size // (patch_size * 2**stage)
+            size = tuple(side // (patch_size * 2**stage) for side in self.img_size)
             patches = num_patches or published_num_patches(dim)
             block = partial(StripMLPBlock, dim, size, patches, mlp_ratio=mlp_ratio)
             self.stages.append(nn.Sequential(*(block(drop_path=next(rates)) for _ in range(depth))))
@@ -128,13 +132,13 @@ class StripMLPNet(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised map of stage 4, (B, in_chans, img_size, img_size) -> (B, 8 * embed_dim, H, W)."""
+        """Return the normalised map of stage 4, (B, in_chans, *img_size) -> (B, 8 * embed_dim, H, W)."""
         if not x.is_floating_point():
             raise ValueError(f"input of {x.dtype}; this network takes normalised floating point images")
-        if x.shape[1:] != (self.in_chans, self.img_size, self.img_size):
+        if x.shape[1:] != (self.in_chans, *self.img_size):
             raise ValueError(
-                f"input of shape {tuple(x.shape)}, but this network takes (batch, {self.in_chans}, {self.img_size}, "
-                f"{self.img_size}); resize the images or build the network with that in_chans and img_size"
+                f"input of shape {tuple(x.shape)}, but this network takes (batch, {self.in_chans}, {self.img_size[0]}, "
+                f"{self.img_size[1]}); resize the images, or the network with set_input_size"
             )
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         stage1 = self._run_stage(0, x.contiguous(memory_format=torch.channels_last))
@@ -173,6 +177,23 @@ class StripMLPNet(nn.Module):
         self.num_classes = num_classes
         head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head = head.to(self.norm.weight.device, self.norm.weight.dtype)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make this a network for images of another size.
+
+        Its strip mixing weights are resampled and become new parameters, so build optimizers after this, not before.
+
+        Args:
+            img_size: (H, W) in pixels, or one number for a square.
+        """
+        patch_size = self.patch_embed.kernel_size[0]
+        self.img_size = image_sides(img_size, 8 * patch_size)
+        for stage, blocks in enumerate(self.stages):
+            for block in blocks:
+                set_map_size(block.strip_mixing.cgsmm, *(side // (patch_size * 2**stage) for side in self.img_size))
+        if hasattr(self, "_traits"):  # what timm 1.0.31 and later keep of the size a model was made with
+            self._traits = {**self._traits, "img_size": self.img_size}
+            self._model_args = {**self._model_args, "img_size": self.img_size}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each block for the backward pass, which then runs the block a second time."""
@@ -217,9 +238,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _published_filter(state_dict: Mapping[str, Tensor], _model: nn.Module) -> dict[str, Tensor]:
-    """Rename loaded weights from the published names to ours, as timm asks for."""
-    return from_published(state_dict)
+def _pretrained_filter(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Give loaded weights our names, and the size of the model's images; timm adapts stem and head."""
+    return resample_weights(from_published(state_dict), model)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> StripMLPNet:
@@ -227,7 +248,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> StripMLPNet:
         StripMLPNet,
         variant,
         pretrained,
-        pretrained_filter_fn=_published_filter,
+        pretrained_filter_fn=_pretrained_filter,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "hook"},
         **kwargs,
     )

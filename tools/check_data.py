@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,22 +40,22 @@ class Finding:
     bad: bool
 
 
-def inspect(path: str) -> Finding | None:
-    """Decode one file; return what is wrong with it, or None."""
+def inspect(path: str, channels: int = 3) -> Finding | None:
+    """Decode one file to so many channels; return what is wrong with it, or None."""
     try:
         data = read_image_file(path)
-        decode_image(data, as_array=True)
+        decode_image(data, as_array=True, channels=channels)
     except ImageReadError as error:
         return Finding(path, str(error), bad=True)
     complaint = jpeg_complaint(data)
     return Finding(path, complaint, bad=False) if complaint else None
 
 
-def scan(paths: Sequence[str], *, workers: int) -> list[Finding]:
+def scan(paths: Sequence[str], *, workers: int, channels: int = 3) -> list[Finding]:
     """Inspect files in ``workers`` processes; return the findings in the order of the paths."""
     with ProcessPoolExecutor(workers, initializer=_ignore_interrupt) as pool:
         chunk = max(1, min(_CHUNK, len(paths) // (4 * workers)))
-        results = pool.map(inspect, paths, chunksize=chunk)
+        results = pool.map(partial(inspect, channels=channels), paths, chunksize=chunk)
         findings = []
         with tqdm(results, total=len(paths), desc="checking", unit="img", disable=None) as progress:
             for finding in progress:
@@ -77,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not paths and not unusable:
         print(f"error: no image files below {args.folder}", file=sys.stderr)
         return 2
-    findings = sorted(unusable + scan(paths, workers=args.workers or usable_cores()), key=lambda f: f.path)
+    findings = sorted(
+        unusable + scan(paths, workers=args.workers or usable_cores(), channels=args.channels), key=lambda f: f.path
+    )
     bad = [finding for finding in findings if finding.bad]
     suspicious = [finding for finding in findings if not finding.bad]
     lines = [f"{finding.path}\t{finding.reason}\n" for finding in bad]
@@ -104,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=expanded_path, default=Path("bad_images.txt"), help="list (default: %(default)s)"
     )
+    parser.add_argument("--channels", type=int, default=3, help="MODEL.STRIP_MLP.IN_CHANS (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each usable core)")
     return parser
 

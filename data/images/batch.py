@@ -1,25 +1,27 @@
 """What happens to a whole batch on the device: normalisation, random erasing, mixup and cutmix, in this order."""
 
+from collections.abc import Sequence
+
 import torch
 from timm.data import Mixup
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from yacs.config import CfgNode
 
 from data.images.erasing import RandomErasing
-from utils.config import mixes
+from utils.config import mixes, normalisation
 from utils.runtime import seeded_streams
 
 
 class BatchTransform:
     """Make a loader's batch ready for the model.
 
-    uint8 images are normalised with ImageNet's mean and standard deviation (for every data set, as published) and, in
-    training, randomly erased; float images come from the reference pipeline, which has done both. Then, in training,
-    timm's Mixup mixes images and labels. The global random streams are left alone.
+    uint8 images are normalised with DATA.MEAN and DATA.STD and, in training, randomly erased; float images come from
+    the reference pipeline, which has done both. Then, in training, timm's Mixup mixes images and labels. The global
+    random streams are left alone.
 
     Args:
         device: where the batch goes.
+        mean, std: of each channel, for pixels from 0 to 1.
         erasing: random erasing, or None.
         mixup: timm's Mixup, or None.
         seed, rank: seed of the run and rank of this process, for mixup.
@@ -29,7 +31,15 @@ class BatchTransform:
     """
 
     def __init__(
-        self, device: torch.device, *, erasing: RandomErasing | None, mixup: Mixup | None, seed: int, rank: int
+        self,
+        device: torch.device,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        erasing: RandomErasing | None,
+        mixup: Mixup | None,
+        seed: int,
+        rank: int,
     ) -> None:
         self.device = device
         self.mixes = mixup is not None
@@ -37,8 +47,7 @@ class BatchTransform:
         self._mixup = mixup
         self._seed = seed
         self._rank = rank
-        self._mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(1, 3, 1, 1)
+        self._mean, self._std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
 
     def __call__(
         self, images: Tensor, targets: Tensor, indices: Tensor, *, epoch: int = 0, update: int = 0
@@ -46,7 +55,7 @@ class BatchTransform:
         """Return (float images, targets) on the device.
 
         Args:
-            images: (B, 3, S, S), uint8 in 0..255 or normalised float; B is even under mixup.
+            images: (B, C, H, W), uint8 in 0..255 or normalised float; B is even under mixup.
             targets: int64 (B,).
             indices: int64 (B,) on the CPU, indices of the samples in their data set.
             epoch: seeds the erasing, together with each index.
@@ -86,4 +95,7 @@ def build_batch_transform(
             label_smoothing=config.MODEL.LABEL_SMOOTHING,
             num_classes=config.MODEL.NUM_CLASSES,
         )
-    return BatchTransform(torch.device(device), erasing=erasing, mixup=mixup, seed=config.SEED, rank=rank)
+    mean, std = normalisation(config)
+    return BatchTransform(
+        torch.device(device), mean=mean, std=std, erasing=erasing, mixup=mixup, seed=config.SEED, rank=rank
+    )

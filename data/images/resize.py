@@ -14,7 +14,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_i
 from torch import Tensor, nn
 
 from data.images.decode import Picture
-from utils.config import short_side
+from utils.config import as_pair, short_side
 from utils.errors import ImageReadError
 
 Resize = Callable[[Picture, tuple[int, int], str], Picture]  # picture, (height, width), name of the filter
@@ -38,12 +38,12 @@ class ResizedCrop:
 
 
 class EvalResize:
-    """Resize and centre crop of evaluation, as torchvision's Resize and CenterCrop; returns uint8 (S, S, 3).
+    """Resize and centre crop of evaluation, as torchvision's Resize and CenterCrop; returns uint8 (H, W, C).
 
     Args:
-        size: S, pixels.
-        crop: scale the shorter side to 256/224 of S (to S itself for S <= 32) and crop the centre; otherwise squash
-            the whole picture into the square.
+        size: (H, W) in pixels, or one number for a square.
+        crop: scale the picture so that it just covers 256/224 of the size (the size itself up to 32 pixels) and crop
+            the centre; otherwise squash the whole picture into the size.
         interpolation: name of the filter.
         resize: implementation.
 
@@ -51,7 +51,7 @@ class EvalResize:
         ImageReadError: when called with a picture so elongated that its resized form would not fit into memory.
     """
 
-    def __init__(self, size: int, *, crop: bool, interpolation: str, resize: Resize) -> None:
+    def __init__(self, size: int | tuple[int, int], *, crop: bool, interpolation: str, resize: Resize) -> None:
         self.size = size
         self.short_side = short_side(size, crop=crop)
         self.interpolation = interpolation
@@ -61,8 +61,9 @@ class EvalResize:
         target = self._scaled_size(*_size(picture))
         if _size(picture) != target:
             picture = self.resize(picture, target, self.interpolation)
-        top, left = (int(round((length - self.size) / 2.0)) for length in target)  # torchvision's rounding
-        return np.ascontiguousarray(_cut(picture, top, left, self.size, self.size))
+        size = as_pair(self.size)
+        top, left = (int(round((a - b) / 2.0)) for a, b in zip(target, size, strict=True))  # torchvision's rounding
+        return np.ascontiguousarray(as_pixels(_cut(picture, top, left, *size)))
 
     def metadata(self) -> dict[str, object]:
         """Return what the pixels depend on besides the picture, for the name of a file that keeps them."""
@@ -78,20 +79,33 @@ class EvalResize:
 
     def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
         if self.short_side is None:
-            return self.size, self.size
-        scaled = tuple(int(self.short_side * side / min(height, width)) for side in (height, width))
+            return as_pair(self.size)
+        rows, columns = as_pair(self.short_side)
+        new, old = (rows, height) if rows * width >= columns * height else (columns, width)
+        scaled = tuple(int(new * side / old) for side in (height, width))
         if Image.MAX_IMAGE_PIXELS is not None and scaled[0] * scaled[1] > Image.MAX_IMAGE_PIXELS:
             raise ImageReadError(f"{width} x {height} pixels: too elongated, resizing it would take {scaled} pixels")
         return scaled
 
 
 def as_image(picture: Picture) -> Image.Image:
-    """Return a picture as a PIL image."""
-    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    """Return an RGB or grey picture as a PIL image."""
+    if isinstance(picture, Image.Image):
+        return picture
+    return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
 
 
-def pil_resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Image.Image:
-    """Resize to ``size`` = (height, width) with Pillow's antialiasing filters."""
+def as_pixels(picture: Picture) -> np.ndarray:
+    """Return a picture as a uint8 array (H, W, C)."""
+    pixels = np.asarray(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def pil_resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Picture:
+    """Resize to ``size`` = (height, width) with Pillow's antialiasing filters, the bands of an array one by one."""
+    if isinstance(picture, np.ndarray) and picture.shape[2] not in (1, 3):
+        bands = np.split(picture, picture.shape[2], axis=2)
+        return np.stack([np.asarray(pil_resize(band, size, interpolation)) for band in bands], axis=2)
     return as_image(picture).resize(size[::-1], str_to_pil_interp(interpolation))
 
 
@@ -101,13 +115,13 @@ def torch_resize(picture: Picture, size: tuple[int, int], interpolation: str) ->
     The passes over rows and columns come in Pillow's order. What is left is rounding: on 200 ImageNet photographs,
     0.3 % of the values differ from Pillow's, by 2/255 at most, by 0.003/255 on average.
     """
-    pixels = np.asarray(picture)
+    pixels = as_pixels(picture)
     pixels = pixels if pixels.flags.writeable else pixels.copy()  # torch takes no read-only memory
-    # (H, W, 3) -> (1, 3, H, W); the batch's stride is right too, or torch would not answer in channels_last order
+    # (H, W, C) -> (1, C, H, W); the batch's stride is right too, or torch would not answer in channels_last order
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     if _rows_first(pixels.shape[:2], size):
         image = _interpolate(image, (size[0], image.shape[3]), interpolation)
-    return _interpolate(image, size, interpolation)[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
+    return _interpolate(image, size, interpolation)[0].permute(1, 2, 0).numpy()  # (1, C, H, W) -> (H, W, C)
 
 
 def _interpolate(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

@@ -8,18 +8,17 @@ the crop out of the decoded array, and draws the same random numbers in the same
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+import torch
 from timm.data import create_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 from yacs.config import CfgNode
 
 from data.images.decode import Picture
 from data.images.posterize import allow_zero_bits
-from data.images.resize import EvalResize, Resize, ResizedCrop, as_image, pil_resize, torch_resize
-from utils.config import CROP_RATIO, SMALL
+from data.images.resize import EvalResize, Resize, ResizedCrop, as_image, as_pixels, pil_resize, torch_resize
+from utils.config import CROP_RATIO, SMALL, as_pair, normalisation
 from utils.runtime import seeded_streams
 
 Transform = Callable[[Picture], np.ndarray | Tensor]
@@ -30,15 +29,15 @@ _CROP_PADDING = 4  # pixels
 def build_transform(config: CfgNode, *, is_train: bool) -> Transform:
     """Return the transform of the configuration.
 
-    It maps an RGB picture (PIL image or uint8 array (H, W, 3)) to a uint8 array (S, S, 3) in the fast pipeline, to a
-    normalised float tensor (3, S, S) in the reference pipeline, with S = DATA.IMG_SIZE.
+    It maps a picture of MODEL.STRIP_MLP.IN_CHANS channels (PIL image or uint8 array) to a uint8 array (H, W, C) in the
+    fast pipeline, to a normalised float tensor (C, H, W) in the reference pipeline, with H and W of DATA.IMG_SIZE.
     """
     data = config.DATA
     if data.PIPELINE == "reference":
         return _reference_train(config) if is_train else _reference_eval(config)
     resize = torch_resize if data.FAST_RESIZE else pil_resize
     if is_train:
-        return _fast_train(config, resize)
+        return _fast_train(config, resize) if config.MODEL.STRIP_MLP.IN_CHANS in (1, 3) else _band_train(config, resize)
     return EvalResize(data.IMG_SIZE, crop=config.TEST.CROP, interpolation=data.INTERPOLATION, resize=resize)
 
 
@@ -46,14 +45,11 @@ def check_transform(config: CfgNode) -> None:
     """Build the transforms once and run each on one small image; the random streams stay as they are.
 
     Raises:
-        ValueError: a transform cannot be built or run, or the model does not take the colour images that it makes.
+        ValueError: a transform cannot be built or run.
     """
-    if config.MODEL.STRIP_MLP.IN_CHANS != 3:
-        raise ValueError(
-            f"MODEL.STRIP_MLP.IN_CHANS is {config.MODEL.STRIP_MLP.IN_CHANS}, but every image is read as RGB; "
-            "set it to 3"
-        )
-    picture = Image.fromarray(np.zeros((40, 48, 3), np.uint8))
+    channels = config.MODEL.STRIP_MLP.IN_CHANS
+    picture = np.zeros((40, 48, channels), np.uint8)
+    picture = as_image(picture) if channels in (1, 3) else picture
     with seeded_streams(0):
         for is_train in (True, False):
             try:
@@ -69,24 +65,53 @@ def check_transform(config: CfgNode) -> None:
 
 def _reference_train(config: CfgNode) -> Transform:
     built = _timm_train(config, use_prefetcher=False)
-    if config.DATA.IMG_SIZE <= SMALL:
+    if _is_small(config):
         built.transforms[:1] = _small_crop(config)
     return built
 
 
 def _fast_train(config: CfgNode, resize: Resize) -> Transform:
     stages = _timm_train(config, use_prefetcher=True).transforms[:-1]  # without the conversion to a tensor
-    if config.DATA.IMG_SIZE <= SMALL:
+    if _is_small(config):
         stages[:1] = _small_crop(config)
     else:
         stages[:1] = [ResizedCrop(stages[0], resize=resize), as_image]
-    return transforms.Compose([*stages, np.asarray])
+    return transforms.Compose([*stages, as_pixels])
+
+
+def _band_train(config: CfgNode, resize: Resize) -> Transform:
+    """Return crop and mirroring for images that are neither RGB nor grey, which Pillow cannot hold."""
+    data, aug = config.DATA, config.AUG
+    flip = transforms.RandomHorizontalFlip(aug.HFLIP)
+    if _is_small(config):
+        fit = EvalResize(data.IMG_SIZE, crop=True, interpolation=data.INTERPOLATION, resize=resize)
+        crop = transforms.RandomCrop(as_pair(data.IMG_SIZE), padding=_CROP_PADDING)
+        return transforms.Compose([fit, _to_tensor, crop, flip, _to_array])
+    crop = RandomResizedCropAndInterpolation(
+        as_pair(data.IMG_SIZE), scale=tuple(aug.SCALE), ratio=tuple(aug.RATIO), interpolation=data.INTERPOLATION
+    )
+    return transforms.Compose([ResizedCrop(crop, resize=resize), _to_tensor, flip, _to_array])
+
+
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+
+
+def _to_array(image: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (C, H, W) -> (H, W, C)
+
+
+def _is_small(config: CfgNode) -> bool:
+    return max(as_pair(config.DATA.IMG_SIZE)) <= SMALL
 
 
 def _timm_train(config: CfgNode, *, use_prefetcher: bool) -> transforms.Compose:
     aug = config.AUG
+    mean, std = normalisation(config)
     built = create_transform(
-        input_size=config.DATA.IMG_SIZE,
+        input_size=as_pair(config.DATA.IMG_SIZE),
+        mean=mean,
+        std=std,
         is_training=True,
         use_prefetcher=use_prefetcher,
         scale=tuple(aug.SCALE),
@@ -107,7 +132,7 @@ def _small_crop(config: CfgNode) -> list[Callable]:
     """Return the stages of a random crop of the padded image; images of another size are resized first."""
     size = config.DATA.IMG_SIZE
     fit = EvalResize(size, crop=True, interpolation=config.DATA.INTERPOLATION, resize=pil_resize)
-    return [fit, as_image, transforms.RandomCrop(size, padding=_CROP_PADDING)]
+    return [fit, as_image, transforms.RandomCrop(as_pair(size), padding=_CROP_PADDING)]
 
 
 def _reference_eval(config: CfgNode) -> Transform:
@@ -118,5 +143,4 @@ def _reference_eval(config: CfgNode) -> Transform:
         stages = [transforms.Resize(int(CROP_RATIO * size), mode), transforms.CenterCrop(size)]
     else:
         stages = [transforms.Resize((size, size), mode)]
-    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return transforms.Compose([*stages, transforms.ToTensor(), normalize])
+    return transforms.Compose([*stages, transforms.ToTensor(), transforms.Normalize(*normalisation(config))])

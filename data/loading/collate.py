@@ -14,15 +14,15 @@ Sample = tuple[np.ndarray | Tensor, int, int]  # image, target, index
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a batch of samples: images (B, 3, S, S), and int64 targets and indices (B,)."""
+    """Return a batch of samples: images (B, C, H, W), and int64 targets and indices (B,)."""
     return as_tensors(collate_arrays(samples))
 
 
 def collate_arrays(samples: Sequence[Sample]) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """Return a batch whose targets and indices are arrays, as a worker sends it.
 
-    Float tensors (3, S, S) are stacked as published. uint8 arrays (S, S, 3) are copied one after another, which is four
-    times as fast as transposing them to NCHW, and returned as a view (B, 3, S, S), hence channels last. Targets and
+    Float tensors (C, H, W) are stacked as published. uint8 arrays (H, W, C) are copied one after another, which is four
+    times as fast as transposing them to NCHW, and returned as a view (B, C, H, W), hence channels last. Targets and
     indices become tensors only at their destination, because each tensor travels in a shared memory segment of its own,
     which takes a millisecond to open.
     """

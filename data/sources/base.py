@@ -26,12 +26,13 @@ class Source(Protocol):
     classes: list[str]
     targets: np.ndarray  # int64 (N,), label of each image
     as_array: bool  # return arrays where that is faster, else always PIL images
+    channels: int  # of the images: 3 for RGB, 1 for grey, any other for bands as they are stored
 
     def name(self, index: int) -> str:
         """Return where image ``index`` comes from, for messages."""
 
     def load(self, index: int) -> Picture:
-        """Return image ``index`` as RGB. Raises ImageReadError (without the name) if it cannot be read."""
+        """Return image ``index``. Raises ImageReadError (without the name) if it cannot be read."""
 
     def fingerprint(self) -> str:
         """Return a hash that changes when the images may have changed."""
@@ -68,6 +69,7 @@ class FolderSource:
     Args:
         root: folder with one folder for each class.
         as_array: decode with the fast decoder where possible (see ``decode_image``).
+        channels: of the images (see ``decode_image``).
         classes: number the classes as in this list, which may name more of them than ``root`` has. A list that lacks
             one of ``root``'s classes is not used.
 
@@ -76,7 +78,7 @@ class FolderSource:
         ValueError: a link leads into a folder twice, or something with the name of an image is not a readable file.
     """
 
-    def __init__(self, root: str | Path, *, as_array: bool, classes: Sequence[str] = ()) -> None:
+    def __init__(self, root: str | Path, *, as_array: bool, channels: int = 3, classes: Sequence[str] = ()) -> None:
         self.root = Path(root)
         self._prefix = os.path.join(root, "")
         if not self.root.is_dir():
@@ -90,7 +92,7 @@ class FolderSource:
         paths = [path for path in listing.images if os.sep in path]
         self.targets = np.array([numbers[path.partition(os.sep)[0]] for path in paths], dtype=np.int64)
         self._paths = PackedStrings(paths)
-        self.as_array = as_array
+        self.as_array, self.channels = as_array, channels
 
     def _check(self, listing: Listing) -> None:
         for remark in listing.remarks():
@@ -116,7 +118,7 @@ class FolderSource:
         return read_image_file(self.name(index))
 
     def load(self, index: int) -> Picture:
-        return decode_image(self.read(index), as_array=self.as_array)
+        return decode_image(self.read(index), as_array=self.as_array, channels=self.channels)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -135,22 +137,39 @@ class ArraySource:
         classes: class names.
         title: name of the data set, for messages (``title[17]``).
         as_array: return the images as arrays, else as PIL images.
+        channels: 3, or 1 to convert the images to grey.
+
+    Raises:
+        ValueError: another number of channels.
     """
 
     def __init__(
-        self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], *, title: str, as_array: bool
+        self,
+        images: np.ndarray,
+        targets: Sequence[int],
+        classes: Sequence[str],
+        *,
+        title: str,
+        as_array: bool,
+        channels: int = 3,
     ) -> None:
+        if channels not in (1, 3):
+            raise ValueError(
+                f"MODEL.STRIP_MLP.IN_CHANS is {channels}, but the images of {title} are RGB; take 3, or 1 for grey"
+            )
         self.images = images
         self.targets = np.asarray(targets, dtype=np.int64)
         self.classes = list(classes)
         self._title = title
-        self.as_array = as_array
+        self.as_array, self.channels = as_array, channels
 
     def name(self, index: int) -> str:
         return f"{self._title}[{index}]"
 
     def load(self, index: int) -> Picture:
         pixels = self.images[index]
+        if self.channels == 1:
+            return Image.fromarray(pixels).convert("L")
         return pixels if self.as_array else Image.fromarray(pixels)
 
     def fingerprint(self) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.images.decode import Picture
-from data.images.resize import EvalResize
+from data.images.resize import EvalResize, as_image
 from data.loading.shared_memory import SharedItems
 from data.sources.base import EncodedSource, Source
 from utils.errors import ImageReadError
@@ -40,7 +40,7 @@ class _CachedSource:
         self._source = source
         self.classes = source.classes
         self.targets = source.targets
-        self.as_array = source.as_array
+        self.as_array, self.channels = source.as_array, source.channels
 
     def name(self, index: int) -> str:
         return self._source.name(index)
@@ -50,7 +50,7 @@ class _CachedSource:
 
 
 class DecodedSource(_CachedSource):
-    """A source whose images are decoded once and kept in memory, as uint8 RGB in full size.
+    """A source whose images are decoded once and kept in memory, as uint8 in full size.
 
     Images that cannot be read are not kept: each use of them fails as it does without the cache.
 
@@ -64,15 +64,17 @@ class DecodedSource(_CachedSource):
             count = len(source.targets)
             sizes = threads.map(self._size, range(count))
             self._sizes = np.array(list(tqdm(sizes, "image sizes", count, disable=None, leave=False)), dtype=np.int32)
-            self._pixels = SharedItems(self._sizes.prod(axis=1, dtype=np.int64) * 3, purpose="DATA.CACHE_DECODED ram")
+            self._pixels = SharedItems(
+                self._sizes.prod(axis=1, dtype=np.int64) * self.channels, purpose="DATA.CACHE_DECODED ram"
+            )
             list(tqdm(threads.map(self._keep, range(count)), "decoding", count, disable=None, leave=False))
 
     def load(self, index: int) -> Picture:
         height, width = self._sizes[index]
         if not height:
             return self._source.load(index)
-        pixels = self._pixels[index].reshape(height, width, 3)
-        return pixels if self.as_array else Image.fromarray(pixels)
+        pixels = self._pixels[index].reshape(height, width, self.channels)
+        return pixels if self.as_array or self.channels not in (1, 3) else as_image(pixels)
 
     def _size(self, index: int) -> tuple[int, int]:
         """Return (height, width) from the header, (0, 0) if that fails."""
@@ -122,12 +124,14 @@ def finished_file(folder: Path, source: Source, transform: EvalResize) -> Path:
     modification times, the transform, and the version of the library that resizes.
     """
     metadata = {"format": 1, "images": source.fingerprint(), **transform.metadata()}
+    if source.channels != 3:
+        metadata["channels"] = source.channels
     key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:24]
     return folder / f"val_{key}.npy"
 
 
 def is_finished(file: Path, shape: tuple[int, ...]) -> bool:
-    """Return whether ``file`` exists, for images of ``shape`` (N, S, S, 3).
+    """Return whether ``file`` exists, for images of ``shape`` (N, H, W, C).
 
     Raises:
         ValueError: the file is truncated or holds another shape.
@@ -145,7 +149,7 @@ def write_finished(file: Path, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     Args:
         file: where; its folder is made if need be.
         batches: (images, targets, indices) of all images.
-        shape: of all images, (N, S, S, 3).
+        shape: of all images, (N, H, W, C).
 
     Raises:
         OSError: the file could not be written; a disk that is too small is found out before the first image.

@@ -48,13 +48,14 @@ class ZipSource:
             archive each time. Unlike in Swin-Transformer's code, ``part`` does not change which process trains on
             which image.
         as_array: decode with the fast decoder where possible.
+        channels: of the images (see ``decode_image``).
 
     Raises:
         FileNotFoundError: archive or map missing, or the map names members that the archive lacks.
         ValueError: a map that cannot be read, an encrypted member, or too little memory.
     """
 
-    def __init__(self, root: str | Path, prefix: str, *, cache_mode: str, as_array: bool) -> None:
+    def __init__(self, root: str | Path, prefix: str, *, cache_mode: str, as_array: bool, channels: int = 3) -> None:
         self.archive = Path(root) / f"{prefix}.zip"
         map_file = Path(root) / f"{prefix}_map.txt"
         for file in (self.archive, map_file):
@@ -71,7 +72,7 @@ class ZipSource:
         self.classes, self.targets = number_classes(listed.labels, paths, known)
         self._paths = PackedStrings(paths)
         self._members = _locations(self.archive, entries)
-        self.as_array = as_array
+        self.as_array, self.channels = as_array, channels
         self._file: tuple[int, int] | None = None  # (process id, file descriptor)
         self._cached: SharedItems | None = None
         if cache_mode != "no":
@@ -85,7 +86,7 @@ class ZipSource:
         return self._unpack(index, kept or self._read_stored(index))
 
     def load(self, index: int) -> Picture:
-        return decode_image(self.read(index), as_array=self.as_array)
+        return decode_image(self.read(index), as_array=self.as_array, channels=self.channels)
 
     def fingerprint(self) -> str:
         status = self.archive.stat()

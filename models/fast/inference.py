@@ -50,7 +50,7 @@ class InferenceStripMLP(nn.Module):
 
     Args:
         model: the network, a ``StripMLPNet``; it is left alone.
-    Shape: (B, in_chans, img_size, img_size) -> (B, num_classes).
+    Shape: (B, in_chans, *img_size) -> (B, num_classes).
     """
 
     @torch.no_grad()
@@ -89,10 +89,10 @@ class InferenceStripMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores of the images."""
-        if x.shape[1:] != (self.in_chans, self.img_size, self.img_size):
+        if x.shape[1:] != (self.in_chans, *self.img_size):
             raise ValueError(
                 f"input of shape {tuple(x.shape)}, but this network takes (batch, {self.in_chans}, "
-                f"{self.img_size}, {self.img_size})"
+                f"{self.img_size[0]}, {self.img_size[1]})"
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the inference form gives no gradients: use the network it was made from")

@@ -89,6 +89,9 @@ MAY_DIFFER_ON_RESUME = """
     THROUGHPUT_MODE
 """
 
+PLAIN = {"AUG.AUTO_AUGMENT": "none", "AUG.COLOR_JITTER": 0.0}  # which images of any number of channels need
+ONE_VALUE = {"DATA.MEAN": (0.5,), "DATA.STD": (0.25,)}
+
 # (settings, keys without effect under them)
 IDLE = [
     ({}, "MODEL.PATCH_NORM MODEL.DROP_RATE MODEL.TIMM_NAME DATA.CACHE_MODE AUG.COLOR_JITTER TRAIN.EMA_WARMUP"),
@@ -106,7 +109,8 @@ IDLE = [
 # (settings, keys with an effect under them that they do not have, or might seem not to have, under others)
 ACTIVE = [
     ({"MODEL.DROP": True}, "MODEL.DROP_RATE"),
-    ({"MODEL.TYPE": "timm", "MODEL.TIMM_NAME": "x"}, "MODEL.TIMM_NAME MODEL.STRIP_MLP.IN_CHANS"),
+    ({"MODEL.TYPE": "timm", "MODEL.TIMM_NAME": "x"}, "MODEL.TIMM_NAME"),
+    ({"MODEL.TYPE": "timm", "MODEL.TIMM_NAME": "x", **PLAIN, **ONE_VALUE}, "MODEL.STRIP_MLP.IN_CHANS"),
     ({"AUG.AUTO_AUGMENT": "none"}, "AUG.COLOR_JITTER"),
     ({"AUG.AUTO_AUGMENT": ""}, "AUG.COLOR_JITTER"),
     ({"TRAIN.LR_SCHEDULER.NAME": "step"}, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.DECAY_RATE"),
@@ -121,6 +125,7 @@ BESIDES = {
     "AMP_OPT_LEVEL": {"TRAIN.AMP": "fp16"},
     "MODEL.TYPE": {"MODEL.TIMM_NAME": "resnet50"},
     "MODEL.STRIP_MLP.PATCH_SIZE": {"DATA.IMG_SIZE": 256},
+    "MODEL.STRIP_MLP.IN_CHANS": PLAIN,
 }
 
 every_key = pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)

@@ -39,9 +39,12 @@ def test_what_cannot_be_built_or_run(settings, complaint):
     assert len(str(info.value).splitlines()) == 1
 
 
-def test_channels_that_no_image_has():
-    with pytest.raises(ValueError, match="MODEL.STRIP_MLP.IN_CHANS is 1, but every image is read as RGB"):
-        check_transform(parse_config("", "a test", TINY | {"MODEL.STRIP_MLP.IN_CHANS": 1}))
+@pytest.mark.parametrize("channels", (1, 3, 4))
+def test_other_channels_and_rectangles_are_possible(channels):
+    settings = {"MODEL.STRIP_MLP.IN_CHANS": channels, "DATA.IMG_SIZE": (64, 96)}
+    config = parse_config("", "a test", TINY | settings | {"AUG.AUTO_AUGMENT": "none", "AUG.COLOR_JITTER": 0})
+    check_transform(config)
+    check_model(config, CPU)
 
 
 def test_evaluation_of_one_image_is_possible():

@@ -91,7 +91,9 @@ def test_published_patch_rule() -> None:
     ("arguments", "message"),
     (
         ({"img_size": 100}, "100.*32.*96"),
-        ({"img_size": (64, 32)}, "64 x 32"),
+        ({"img_size": (64, 40)}, r"\(64, 40\).*32.*\(64, 32\)"),
+        ({"img_size": (0, 64)}, r"\(0, 64\).*use \(32, 64\)"),
+        ({"img_size": (32, 32, 3)}, r"\(32, 32, 3\).*height, width"),
         ({"depths": (1, 1)}, "four"),
         ({"depths": (1, 0, 1, 1)}, "depths"),
         ({"embed_dim": 15}, "15"),

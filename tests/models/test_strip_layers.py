@@ -16,7 +16,7 @@ from models.layers import (
     checkpointed,
     drop_path_rates,
 )
-from models.strip_mlp import square_side
+from models.strip_mlp import image_sides
 from tests.builders import noise, randomised
 
 
@@ -173,8 +173,8 @@ def test_channel_mixing_ratio_sets_the_hidden_width() -> None:
         (lambda: StripMixingBlock(7, 4, 2), "7 channels"),
         (lambda: drop_path_rates(1.5, 4, "constant"), "1.5"),
         (lambda: drop_path_rates(0.5, 4, "cubic"), "cubic"),
-        (lambda: square_side(100, 32), "100.*32.*96"),
-        (lambda: square_side((64, 32), 32), "64 x 32"),
+        (lambda: image_sides(100, 32), "100.*32.*96"),
+        (lambda: image_sides((64, 40), 32), r"\(64, 40\).*32.*\(64, 32\)"),
     ),
 )
 def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> None:

@@ -22,13 +22,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 
 @pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, float]]]:
+def requests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, float]]]:
     """Cut graphs but generate no code, which takes minutes on a CPU; give the modes and budgets that were asked for."""
     compile_in_place, requests = nn.Module.compile, []
+    backend = getattr(request, "param", "aot_eager")
 
     def compile_quickly(self: nn.Module, *, mode: str = "default", **how: Any) -> None:
         requests.append((mode, config.activation_memory_budget))
-        compile_in_place(self, backend="aot_eager", **how)
+        compile_in_place(self, backend=backend, **how)
 
     monkeypatch.setattr(nn.Module, "compile", compile_quickly)
     with config.patch(activation_memory_budget=1.0):
@@ -64,6 +65,7 @@ def test_compiled_training(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, capsy
     assert losses[0]["train_loss"] == pytest.approx(losses[1]["train_loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("requests", ("eager",), indirect=True)
 def test_a_resumed_compiled_run_has_the_same_bits(tiny: TinyRun, requests: list[tuple[str, float]]) -> None:
     """With averaged weights, accumulation, activation checkpointing and bfloat16, from the middle of an epoch."""
     words = ("--compile", "--amp", "bf16", "--accumulation-steps", 2, "--use-checkpoint")
@@ -76,6 +78,7 @@ def test_a_resumed_compiled_run_has_the_same_bits(tiny: TinyRun, requests: list[
 
 
 @pytest.mark.usefixtures("requests")
+@pytest.mark.parametrize("requests", ("eager",), indirect=True)
 def test_a_compiled_baseline(tiny: TinyRun) -> None:
     words = ("MODEL.TYPE", "timm", "MODEL.TIMM_NAME", "test_convnext", "TRAIN.EPOCHS", 1)
     folder = tiny.train("--compile", "--opts", *words, tag="baseline")

@@ -6,20 +6,21 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import resolve_source
 from utils.checkpoint.schema import CLASSES, PREPROCESSING, Check, SchemaFault
 from utils.checkpoint.store import CheckpointStore, step_inside
-from utils.config import CROP_RATIO, dump_config, parse_config, recipe_differences, short_side
+from utils.config import CROP_RATIO, dump_config, normalisation, parse_config, recipe_differences, short_side
 from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 # Keys that may change without permission: the log says so, and every sample is still seen once per epoch.
 _BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")
+# Keys to which the weights of a Strip-MLP belong. Only weights are fitted to another input, not a training state.
+_INPUT_KEYS = ("DATA.IMG_SIZE", "MODEL.STRIP_MLP.IN_CHANS")
 
 
 def starting_point(config: CfgNode, store: CheckpointStore) -> Path | None:
@@ -55,16 +56,21 @@ def checkpoint_metadata(config: CfgNode, classes: Sequence[str], num_samples: in
 
 
 def _preprocessing(config: CfgNode) -> dict[str, Any]:
-    """Return what evaluation does to an image; ``short_side`` None scales both sides, without a crop."""
+    """Return what evaluation does to an image; see ``utils.config.short_side``."""
     side = short_side(config.DATA.IMG_SIZE, crop=config.TEST.CROP)
+    mean, std = normalisation(config)
     return {
-        "img_size": config.DATA.IMG_SIZE,
+        "img_size": _plain(config.DATA.IMG_SIZE),
         "interpolation": config.DATA.INTERPOLATION,
         "crop": side is not None,
-        "short_side": side,
-        "mean": list(IMAGENET_DEFAULT_MEAN),
-        "std": list(IMAGENET_DEFAULT_STD),
+        "short_side": _plain(side),
+        "mean": list(mean),
+        "std": list(std),
     }
+
+
+def _plain(size: int | tuple[int, int] | None) -> int | list[int] | None:
+    return list(size) if isinstance(size, tuple) else size
 
 
 def check_continuation(
@@ -121,7 +127,12 @@ def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: 
     differences = recipe_differences(saved, config)
     blocking = []
     for key, (then, now) in differences.items():
-        if key in allowed or key in _BATCH_KEYS:
+        if key in _INPUT_KEYS and config.MODEL.TYPE != "timm":
+            blocking.append(
+                f"  {key}: {then} in the checkpoint, {now} now: averaged weights and the optimizer's state cannot be "
+                f"fitted to another input; start a new run from its weights: --pretrained {path} --tag NEW"
+            )
+        elif key in allowed or key in _BATCH_KEYS:
             logger.warning("%s changes on resume: %s -> %s", key, then, now)
         else:
             blocking.append(f"  {key}: {then} in the checkpoint, {now} now (allow with --allow-change {key})")
@@ -213,9 +224,10 @@ def _warn_of_timm_preprocessing(config: CfgNode, model: nn.Module | None, path: 
     """Warn once if a timm model's released weights expect other images than this evaluation makes."""
     theirs = getattr(model, "pretrained_cfg", None) or {}
     crop = 1.0 if not config.TEST.CROP else 1 / CROP_RATIO
+    mean, std = normalisation(config)
     ours = {
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+        "mean": mean,
+        "std": std,
         "crop_pct": crop,
         "interpolation": config.DATA.INTERPOLATION,
     }

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import first_nonfinite, load_checkpoint, resolve_source, sha256
+from utils.config import as_pair
 from utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+Fit = Callable[[dict[str, Tensor], nn.Module], tuple[dict[str, Tensor], list[str]]]  # see ``load_weights``
 
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|averaged)(?:[._]|$)")  # entries of averaged weights
 _DEPTH = 2  # levels of a file that are searched for weights
@@ -33,6 +36,7 @@ class LoadReport:
         missing: model keys that the file lacks.
         unexpected: file keys that the model lacks.
         fresh: keys of the classifier that fit, but are for other classes.
+        fitted: a sentence for each change that made weights for another input fit this model.
     """
 
     matched: list[str] = field(default_factory=list)
@@ -41,6 +45,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    fitted: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """Return the report as readable lines."""
@@ -48,6 +53,7 @@ class LoadReport:
             f"{len(self.matched)} matched ({self.renamed} renamed), {len(self.reshaped)} of another shape, "
             f"{len(self.missing)} missing, {len(self.unexpected)} unexpected"
         ]
+        lines += [f"  {change}" for change in self.fitted]
         for key, (theirs, ours) in list(self.reshaped.items())[:_LISTED]:
             lines.append(f"  another shape: {key} is {list(theirs)} in the file, {list(ours)} in the model")
         for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
@@ -196,14 +202,20 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:_LISTED])}{more}"
 
 
+def _unchanged(weights: dict[str, Tensor], _model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave weights for another input as they are, which makes them an error."""
+    return weights, []
+
+
 def load_weights(
     model: nn.Module,
     source: str,
     *,
     remap: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    fit: Fit = _unchanged,
     replace_head: bool = False,
     classes: Sequence[str] | None = None,
-    img_size: int = 0,
+    img_size: int | tuple[int, int] = 0,
     **choice: Any,
 ) -> tuple[LoadReport, dict[str, Any]]:
     """Fill ``model`` from the file ``source`` and return the report and the file's other entries.
@@ -214,10 +226,12 @@ def load_weights(
         model: has ``get_classifier`` as timm's models do, if ``replace_head``.
         source: a path, or ``https://...#sha256=...``.
         remap: turns published names into the model's (``models.from_published``); names it does not know stay.
+        fit: turns weights for another input into the model's (``models.fit_weights``) and says what it changed, on the
+            meta device too. By default, weights for another input are an error.
         replace_head: a classifier of another size or for other classes keeps its fresh values (fine-tuning) instead of
             being an error.
         classes: the data set's, compared with the file's if ``replace_head``.
-        img_size: side of the model's input, for messages.
+        img_size: size of the model's input, for messages.
         choice: ``key``, ``prefix``, ``prefer_ema`` and ``require_ema`` of ``WeightFinder``.
 
     Raises:
@@ -227,26 +241,32 @@ def load_weights(
     finder = WeightFinder(model.state_dict(), remap, **choice)
     shapes = load_checkpoint(path, map_location="meta")
     taken = finder.find(shapes, path)
-    report = _compare(model, taken.weights, remap)
+    report = _compare(model, taken.weights, remap, fit)
     head = _head_keys(model) if replace_head or report.reshaped else set()
     if replace_head and classes is not None and _other_classes(shapes, classes):
         report.fresh = [key for key in report.matched if key in head]
         report.matched = [key for key in report.matched if key not in head]
-    logger.info("weights from %s (sha256 %s), %s: %s", path, sha256(path)[:16], taken, report.text())
-    _check_report(report, path, head=head, replace_head=replace_head, sizes=(_image_size(shapes), img_size))
+    level = logging.WARNING if report.fitted else logging.INFO
+    logger.log(level, "weights from %s (sha256 %s), %s: %s", path, sha256(path)[:16], taken, report.text())
+    _check_report(report, path, head=head, replace_head=replace_head, sizes=(_image_size(shapes), as_pair(img_size)))
 
     payload = load_checkpoint(path)
-    weights = remap(finder.find(payload, path).weights)
-    bad = first_nonfinite({key: weights[key] for key in report.matched})
-    if bad is not None:
-        raise CheckpointError(f"{path}: the entry {bad!r} has infinite or undefined values; that run had diverged")
-    own = model.state_dict()
-    with torch.no_grad():
-        for key in report.matched:
-            own[key].copy_(weights[key])
+    weights, _ = fit(remap(finder.find(payload, path).weights), model)
+    _fill(model, {key: weights[key] for key in report.matched}, path)
     _log_fresh(report)
     left_out = {"optimizer", "rank_state", *(entry.partition(".")[0] for entry in _tensor_entries(payload))}
     return report, {k: v for k, v in payload.items() if k not in left_out and not isinstance(v, Tensor)}
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Copy ``weights`` into the model; infinite or undefined ones are an error."""
+    bad = first_nonfinite(weights)
+    if bad is not None:
+        raise CheckpointError(f"{path}: the entry {bad!r} has infinite or undefined values; that run had diverged")
+    own = model.state_dict()
+    for key, value in weights.items():
+        own[key].copy_(value)
 
 
 def _other_classes(payload: Mapping[str, Any], classes: Sequence[str]) -> bool:
@@ -262,22 +282,24 @@ def _log_fresh(report: LoadReport) -> None:
         logger.info("the classifier (%s) keeps its fresh values: the file's head %s", fresh, why)
 
 
-def _image_size(payload: Mapping[str, Any]) -> int:
-    """Return the image size that a file says it was made for, 0 if it says none."""
+def _image_size(payload: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the image size, (height, width), that a file says it was made for; empty if it says none."""
     for names in (("preprocessing", "img_size"), ("config", "DATA", "IMG_SIZE")):
         value: Any = payload
         for name in names:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, int):
-            return value
-    return 0
+            return value, value
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            return tuple(value)
+    return ()
 
 
-def _compare(model: nn.Module, shapes: dict[str, Tensor], remap: Callable) -> LoadReport:
+def _compare(model: nn.Module, shapes: dict[str, Tensor], remap: Callable, fit: Fit) -> LoadReport:
     """Compare names and shapes of the file's entries, still under their names there, with the model's."""
-    renamed = remap(shapes)
+    renamed, fitted = fit(remap(shapes), model)
     own = model.state_dict()
-    report = LoadReport()
+    report = LoadReport(fitted=fitted)
     for key, value in own.items():
         if key not in renamed:
             # Parameter-free counters are absent from some exports and do not influence the function.
@@ -306,8 +328,15 @@ def _head_keys(model: nn.Module) -> set[str]:
     return {f"{prefix}.{name}" for name in classifier.state_dict()} if prefix else set()
 
 
+def _differ_in_channels(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
+    """Return whether two convolution weights differ in their input channels alone."""
+    return (
+        len(theirs) == len(ours) == 4 and theirs[1] != ours[1] and (*theirs[:1], *theirs[2:]) == (*ours[:1], *ours[2:])
+    )
+
+
 def _check_report(
-    report: LoadReport, path: Path, *, head: set[str], replace_head: bool, sizes: tuple[int, int]
+    report: LoadReport, path: Path, *, head: set[str], replace_head: bool, sizes: tuple[tuple[int, ...], ...]
 ) -> None:
     """Raise if weights would be left out: all of them, any that the model lacks, or any outside a replaced head."""
     own = {*report.reshaped, *report.missing}
@@ -321,10 +350,15 @@ def _check_report(
         advice = (
             f"only the classifier differs: set MODEL.NUM_CLASSES to the file's{count}, or fine-tune with --pretrained"
         )
-    elif all(sizes) and sizes[0] != sizes[1]:
+    elif stem := next((pair for pair in report.reshaped.values() if _differ_in_channels(*pair)), None):
         advice = (
-            f"the file is for images of {sizes[0]} x {sizes[0]} pixels, this model for {sizes[1]} x {sizes[1]}: "
-            f"set --opts DATA.IMG_SIZE {sizes[0]}"
+            f"its stem takes images of {stem[0][1]} channels, this model {stem[1][1]}; only one for 3 channels is "
+            f"adapted: set MODEL.STRIP_MLP.IN_CHANS {stem[0][1]}"
+        )
+    elif sizes[0] and any(sizes[1]) and sizes[0] != sizes[1]:
+        advice = (
+            f"the file is for images of {sizes[0][0]} x {sizes[0][1]} pixels, this model for {sizes[1][0]} x "
+            f"{sizes[1][1]}: set --opts DATA.IMG_SIZE {','.join(map(str, dict.fromkeys(sizes[0])))}"
         )
     else:
         advice = "is MODEL.* (and DATA.IMG_SIZE) of the config the variant that the file was made with?"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from utils.config.facts import FOLDER_DATASETS, odd_batch_problem
+from utils.config.facts import FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem
 from utils.config.keys import KEYS, flatten, value_of
 from utils.config.policy import policy_problem
 
@@ -34,6 +34,7 @@ def check_config(config: CfgNode) -> list[Problem]:
     return [
         *_check_ranges(config),
         *_check_data(config),
+        *_check_channels(config),
         *_check_model(config),
         *_check_training(config),
         *_check_augmentation(config),
@@ -60,6 +61,38 @@ def _check_data(config: CfgNode) -> Iterator[Problem]:
             ("DATA.VAL_CACHE", "DATA.PIPELINE"),
             f"DATA.VAL_CACHE holds uint8 images, which DATA.PIPELINE {data.PIPELINE} does not make; take fast",
         )
+    if data.PIPELINE != "fast" and len(set(as_pair(data.IMG_SIZE))) > 1:
+        yield Problem(
+            ("DATA.IMG_SIZE", "DATA.PIPELINE"),
+            f"DATA.IMG_SIZE is {data.IMG_SIZE}, but DATA.PIPELINE {data.PIPELINE}, as published, makes squares; take "
+            "fast",
+        )
+
+
+def _check_channels(config: CfgNode) -> Iterator[Problem]:
+    channels, aug = config.MODEL.STRIP_MLP.IN_CHANS, config.AUG
+    for key, values in channel_values(config).items():
+        if len(values) not in (1, channels):
+            yield Problem(
+                (key, "MODEL.STRIP_MLP.IN_CHANS"),
+                f"{key} has {len(values)} values, but MODEL.STRIP_MLP.IN_CHANS is {channels}; give one value, or one "
+                "for each channel",
+            )
+    if channels in (1, 3):
+        return
+    if config.DATA.PIPELINE != "fast":
+        yield Problem(
+            ("DATA.PIPELINE", "MODEL.STRIP_MLP.IN_CHANS"),
+            f"DATA.PIPELINE {config.DATA.PIPELINE} takes RGB and grey images, but MODEL.STRIP_MLP.IN_CHANS is "
+            f"{channels}; take fast",
+        )
+    training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
+    if training and (aug.AUTO_AUGMENT not in ("", "none") or aug.COLOR_JITTER > 0):
+        yield Problem(
+            ("AUG.AUTO_AUGMENT", "AUG.COLOR_JITTER", "MODEL.STRIP_MLP.IN_CHANS"),
+            "AUG.AUTO_AUGMENT and AUG.COLOR_JITTER change colours and brightness of RGB and grey images, but "
+            f"MODEL.STRIP_MLP.IN_CHANS is {channels}; set AUG.AUTO_AUGMENT none and AUG.COLOR_JITTER 0",
+        )
 
 
 def _check_model(config: CfgNode) -> Iterator[Problem]:
@@ -69,14 +102,15 @@ def _check_model(config: CfgNode) -> Iterator[Problem]:
             yield Problem(("MODEL.TYPE", "MODEL.TIMM_NAME"), "MODEL.TYPE timm needs a model's name in MODEL.TIMM_NAME")
         return
     side = strip.PATCH_SIZE * STAGE_STRIDE
-    if side > 0 and config.DATA.IMG_SIZE % side:
-        lower = config.DATA.IMG_SIZE // side * side
-        sizes = f"{lower} or {lower + side}" if lower else str(side)
-        yield Problem(
-            ("DATA.IMG_SIZE",),
-            f"DATA.IMG_SIZE is {config.DATA.IMG_SIZE}, not a multiple of {side} (patch size {strip.PATCH_SIZE} times "
-            f"{STAGE_STRIDE}); take {sizes}",
-        )
+    for length in dict.fromkeys(as_pair(config.DATA.IMG_SIZE)):
+        if side > 0 and length % side:
+            lower = length // side * side
+            sizes = f"{lower} or {lower + side}" if lower else str(side)
+            yield Problem(
+                ("DATA.IMG_SIZE",),
+                f"DATA.IMG_SIZE is {length}, not a multiple of {side} (patch size {strip.PATCH_SIZE} times "
+                f"{STAGE_STRIDE}); take {sizes}",
+            )
     patches = strip.NUM_PATCHES or 4  # published: 2 where 80 divides the width, which 4 suits too, else 4
     if strip.EMBED_DIM % (2 * patches):
         yield Problem(

@@ -27,11 +27,51 @@ SMALL = 32  # pixels; up to this size, training pads and crops instead of zoomin
 CROP_RATIO = 256 / 224  # shorter side before the centre crop, relative to the crop
 
 
-def short_side(size: int, *, crop: bool) -> int | None:
-    """Return the shorter side (pixels) of an image before the centre crop; None: both sides become ``size``, no crop.
+def short_side(size: int | tuple[int, int], *, crop: bool) -> int | tuple[int, int] | None:
+    """Return the shorter side (pixels) of an image before the centre crop; None: scaled to ``size`` itself, no crop.
+
+    For a rectangular crop it is the (height, width) that the image has to cover.
 
     Args:
         size: DATA.IMG_SIZE.
         crop: TEST.CROP, without effect on small images.
     """
-    return size if size <= SMALL else int(CROP_RATIO * size) if crop else None
+    if max(as_pair(size)) <= SMALL:
+        return size
+    if not crop:
+        return None
+    return int(CROP_RATIO * size) if isinstance(size, int) else tuple(int(CROP_RATIO * side) for side in size)
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return a size, such as DATA.IMG_SIZE, as (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def input_shape(config: CfgNode) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that the model takes."""
+    return config.MODEL.STRIP_MLP.IN_CHANS, *as_pair(config.DATA.IMG_SIZE)
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green, blue
+
+
+def channel_values(config: CfgNode) -> dict[str, tuple[float, ...]]:
+    """Return DATA.MEAN and DATA.STD by name, one value for each channel or one for all.
+
+    Images that are not RGB get the average of ImageNet's values, as in timm, unless the keys say otherwise.
+    """
+    rgb = config.MODEL.STRIP_MLP.IN_CHANS == len(IMAGENET_MEAN)
+    defaults = {"DATA.MEAN": IMAGENET_MEAN, "DATA.STD": IMAGENET_STD}
+    given = {"DATA.MEAN": tuple(config.DATA.MEAN), "DATA.STD": tuple(config.DATA.STD)}
+    return {
+        name: (sum(values) / len(values),) if values == defaults[name] and not rgb else values
+        for name, values in given.items()
+    }
+
+
+def normalisation(config: CfgNode) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel."""
+    channels = config.MODEL.STRIP_MLP.IN_CHANS
+    mean, std = (values * channels if len(values) == 1 else values for values in channel_values(config).values())
+    return mean, std

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from yacs.config import CfgNode
 
-from utils.config.facts import DATASETS, mixes
+from utils.config.facts import DATASETS, IMAGENET_MEAN, IMAGENET_STD, mixes
 from utils.config.suggest import did_you_mean
-from utils.config.values import convert, in_interval, is_null
+from utils.config.values import convert, in_interval, is_list, is_null
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Key:
             placeholder, the flag sets a switch to True, or takes one of the known names.
         ours: the key is not in the published code.
         is_path: ``~`` and ``$VARIABLE`` are replaced in a value that comes from a file or the command line.
-        like: for a default of None, a value of the other type that the key takes.
+        like: a value of another type than the default's that the key takes too.
+        any_length: the key takes a list of any length.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Key:
     ours: bool = False
     is_path: bool = False
     like: Any = None
+    any_length: bool = False
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -70,7 +72,8 @@ class Key:
         """
         if self.default is None and is_null(value):
             return None
-        return convert(value, self.like if self.default is None else self.default, self.choices)
+        other = self.like is not None and (self.default is None or is_list(value))
+        return convert(value, self.like if other else self.default, self.choices, any_length=self.any_length)
 
     def in_range(self, value: Any) -> bool:
         """Return whether a number, or each number of a list, lies in the interval of this key."""
@@ -112,7 +115,11 @@ _ROWS = (
     Key("DATA.DATA_PATH", "", "folder of the data set: with train/ and val/, or where the CIFAR files are",
         affects="nothing", flag="--data-path DIR", is_path=True),
     Key("DATA.DATASET", "imagenet", "name of the data set", "|".join(DATASETS), flag="--dataset NAME"),
-    Key("DATA.IMG_SIZE", 224, "side of the square input, pixels", "[1, 16384]"),
+    Key("DATA.IMG_SIZE", 224, "side of the square input, pixels; or (height, width)", "[1, 16384]", like=(0, 0)),
+    Key("DATA.MEAN", IMAGENET_MEAN, "mean of each channel, or one for all; pixels are from 0 to 1. Where images have "
+        "other than 3 channels, ImageNet's values are averaged", "[-1000, 1000]", ours=True, any_length=True),
+    Key("DATA.STD", IMAGENET_STD, "standard deviation of each channel, or one for all, treated likewise",
+        "(0, 1000]", ours=True, any_length=True),
     Key("DATA.INTERPOLATION", "bicubic", "filter that scales images", "bicubic|bilinear|lanczos|nearest"),
     Key("DATA.ZIP_MODE", False, "read train.zip and val.zip instead of folders", affects="nothing", flag="--zip"),
     Key("DATA.CACHE_MODE", "part", "images of the archives kept in memory: none, the share of this process, or all",
@@ -160,7 +167,8 @@ _ROWS = (
         affects="nothing", idle_when=NO_PATCH_NORM),
     Key("MODEL.LABEL_SMOOTHING", 0.1, "probability mass spread over all classes", "[0, 1)"),
     Key("MODEL.STRIP_MLP.PATCH_SIZE", 4, "side of a patch of the stem, pixels", "[1, 1024]", idle_when=TIMM),
-    Key("MODEL.STRIP_MLP.IN_CHANS", 3, "channels of the input image", "[1, 1024]"),
+    Key("MODEL.STRIP_MLP.IN_CHANS", 3, "channels of the images: 3 = RGB, 1 = grey, others as they are stored",
+        "[1, 1024]"),
     Key("MODEL.STRIP_MLP.EMBED_DIM", 80, "channels of stage 1; each further stage doubles them",
         "[1, 65536]", idle_when=TIMM),
     Key("MODEL.STRIP_MLP.LAYERS", [2, 2, 6, 2], "blocks of the four stages", "[1, 200]", idle_when=TIMM),

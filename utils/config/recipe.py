@@ -1,11 +1,12 @@
 """How a configuration differs from the published recipe or from another run, and which keys have no effect in it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.facts import mixes
-from utils.config.keys import KEYS, default_config, flatten
+from utils.config.facts import channel_values, mixes
+from utils.config.keys import KEYS, default_config, flatten, value_of
 from utils.config.policy import clipped_magnitude
 
 # Published (EMBED_DIM, LAYERS): Strip-MLP-T*, T, S, B.
@@ -83,6 +84,7 @@ def config_notices(config: CfgNode) -> list[str]:
         notices.append(f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT}: {clipped}")
     if mixes(config) and config.AUG.MIXUP_PROB == 0:
         notices.append("AUG.MIXUP_PROB is 0: mixup and cutmix are set, but no batch is ever mixed")
+    notices.extend(_averaged_notices(config))
     ours = flatten(config)
     notices.extend(
         f"{name} is {ours[name]}, which has no effect: {key.idle_when.reason}"
@@ -90,6 +92,16 @@ def config_notices(config: CfgNode) -> list[str]:
         if key.idle(config) and ours[name] != key.default and name not in VARIANT_KEYS
     )
     return notices
+
+
+def _averaged_notices(config: CfgNode) -> Iterator[str]:
+    for name, values in channel_values(config).items():
+        given = tuple(value_of(config, name))
+        if given != values:
+            yield (
+                f"{name} is {given}, ImageNet's for RGB images; those of {config.MODEL.STRIP_MLP.IN_CHANS} channel(s) "
+                f"take its average {values[0]:.4g} (set {name} to one value, or one for each channel)"
+            )
 
 
 def _variant_deviations(config: CfgNode) -> dict[str, tuple[str, Any]]:

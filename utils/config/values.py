@@ -17,13 +17,14 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 NULL = ("", "null", "~", "none")
 
 
-def convert(value: Any, default: Any, choices: Sequence[str] = ()) -> Any:
+def convert(value: Any, default: Any, choices: Sequence[str] = (), *, any_length: bool = False) -> Any:
     """Return ``value`` as the type of ``default``.
 
     Args:
         value: text, a list of texts, or a value of the right type.
         default: a value of the type that is wanted.
         choices: known values of a text; upper and lower case do not matter, the spelling here is returned.
+        any_length: a list may have another length than the default, but not be empty.
 
     Raises:
         ValueError: with the reason alone, for example "'ten' is not a whole number".
@@ -34,7 +35,12 @@ def convert(value: Any, default: Any, choices: Sequence[str] = ()) -> Any:
         return _to_number(value, type(default))
     if isinstance(default, str):
         return _to_choice(_to_text(value), choices)
-    return _to_numbers(value, default)
+    return _to_numbers(value, default, any_length=any_length)
+
+
+def is_list(value: Any) -> bool:
+    """Return whether ``value`` is a list of numbers, or text that writes one."""
+    return isinstance(value, (list, tuple)) or (isinstance(value, str) and "," in value)
 
 
 def is_null(value: Any) -> bool:
@@ -109,12 +115,14 @@ def _to_choice(text: str, choices: Sequence[str]) -> str:
     raise ValueError(f"{reprlib.repr(text)} is unknown; known: {known}{did_you_mean(text, filter(None, choices))}")
 
 
-def _to_numbers(value: Any, default: Sequence[Any]) -> Sequence[Any]:
+def _to_numbers(value: Any, default: Sequence[Any], *, any_length: bool) -> Sequence[Any]:
     """Read a list of as many numbers as the default has, from a sequence or from text such as ``(0.9, 0.99)``."""
     if isinstance(value, str):
         value = [part for part in value.strip("()[] ").split(",") if part.strip()]
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{reprlib.repr(value)} is not a list of {len(default)} numbers")
+    if any_length and value:
+        default = [default[0]] * len(value) if isinstance(default, list) else (default[0],) * len(value)
     if len(value) != len(default):
         raise ValueError(f"{reprlib.repr(value)} has {len(value)} entries instead of {len(default)}")
     return type(default)(convert(item, like) for item, like in zip(value, default, strict=True))

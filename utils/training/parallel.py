@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from yacs.config import CfgNode
 
+from utils.config import input_shape
 from utils.errors import RunError, one_line
 from utils.runtime import random_state, set_random_state
 from utils.training.batchnorm import BufferBackup, batchnorm_buffers
@@ -128,7 +129,7 @@ def compile_and_warm_up(
     if not (compiles or on_gpu or world_size > 1):
         return
     start = time.perf_counter()
-    image = (config.MODEL.STRIP_MLP.IN_CHANS, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
+    image = input_shape(config)
     batch = config.DATA.BATCH_SIZE if compiles or on_gpu else 2
     if compiles:
         torch._functorch.config.activation_memory_budget = config.TRAIN.MEMORY_BUDGET
