@@ -28,7 +28,8 @@ def _gpu_path() -> Iterator[None]:
 )
 def test_a_strip_layer_as_a_product(size: int, strip_width: int, axis: str) -> None:
     layer = randomised(StripMLPLayer(4, size, 2, axis, strip_width=strip_width))
-    x = noise_map(2, 4, size, size).requires_grad_()
+    other = size + 4  # rows and columns may differ
+    x = noise_map(2, 4, *((other, size) if axis == "row" else (size, other))).requires_grad_()
     product = copy.copy(layer)  # shares the parameters
     product.__class__ = ProductStripMLPLayer
     results = []
