@@ -173,7 +173,8 @@ def log_data(session: Session) -> None:
 def build_training(session: Session) -> tuple[DistributedDataParallel, TrainState]:
     """Build the model, its distributed wrapper and what trains it; the state holds the bare model."""
     config, run, precision = session.config, session.run, session.precision
-    model = accelerate(build_model(config, len(session.metadata["classes"])).to(run.device), run.device)
+    model = build_model(config, len(session.metadata["classes"])).to(run.device)
+    model = accelerate(model, run.device, lean=config.TRAIN.LEAN)
     ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN)
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)

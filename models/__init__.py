@@ -4,7 +4,7 @@ from .build import build_model
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model
 from .features import DenseBackbone, with_pyramid
-from .forms import accelerate, inference_form
+from .forms import accelerate, gpu_path, inference_form
 from .freezing import frozen_parts
 from .resample import fit_weights
 from .strip_mlp import StripMLPNet
@@ -18,6 +18,7 @@ __all__ = [
     "fit_weights",
     "from_published",
     "frozen_parts",
+    "gpu_path",
     "inference_form",
     "to_published",
     "with_pyramid",

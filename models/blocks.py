@@ -41,8 +41,8 @@ class RelativePosition(nn.Module):
     def forward(self) -> Tensor:
         height, width = self.size
         windows = self.table.unfold(0, width, 1)  # (H+W+1, D) -> (H+2, D, W), window i holds the rows i .. i+W-1
-        pos = windows[1 : height + 1].flip(0)  # row h of the map is window H - h
-        return pos.permute(0, 2, 1).contiguous().permute(2, 0, 1)  # (H, D, W) -> (H, W, D) -> (D, H, W), channels_last
+        windows = windows[1 : height + 1].permute(0, 2, 1)  # (H+2, D, W) -> (H, W, D)
+        return windows.flip(0).permute(2, 0, 1)  # row h of the map is window H - h -> (D, H, W), channels_last
 
 
 class StripMLPLayer(nn.Module):

@@ -2,12 +2,13 @@
 
     python tools/benchmark.py model strip_mlp_tiny --mode train --batch 16 --vs reference resnet50
     python tools/benchmark.py model strip_mlp_tiny:inference --batch 1 16 --vs reference resnet50
+    python tools/benchmark.py count strip_mlp_tiny reference resnet50 --precision bf16 --by operation
     python tools/benchmark.py loader --data-path <folder>
     python tools/benchmark.py startup
     python tools/benchmark.py gpu --json gpu.json
 
 A model is NAME[:FORM][:PRECISION]. NAME: any timm model, or `reference` for the plain published formulation. FORM: none
-(as main.py trains it on this device), plain, compiled, graphed (CUDA graph), inference, inference-compiled or
+(as main.py trains it on this device), plain, lean, compiled, graphed (CUDA graph), inference, inference-compiled or
 inference-graphed. PRECISION: fp32, tf32, bf16 or fp16. All models of a table take turns in one process; a ratio is the
 median over the rounds (smallest - largest). What a number depends on is printed above the tables.
 """
@@ -21,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as 
 
 import torch
 
-from tools.bench import gpu, loader, model, startup
+from tools.bench import count, gpu, loader, model, startup
 from tools.bench.report import Report
 
-COMMANDS = {"model": model, "loader": loader, "startup": startup, "gpu": gpu}
+COMMANDS = {"model": model, "count": count, "loader": loader, "startup": startup, "gpu": gpu}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = args.device.type == "cuda"
     try:
-        if args.device.type == "cuda" and not torch.cuda.is_available():
+        if args.device.type == "cuda" and args.command != "count" and not torch.cuda.is_available():
             raise ValueError("PyTorch sees no GPU; on a CPU use: tools/benchmark.py model")
-        COMMANDS[args.command].run(args, Report(args.device, args.json))
+        COMMANDS[args.command].run(
+            args, Report(torch.device("cpu") if args.command == "count" else args.device, args.json)
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

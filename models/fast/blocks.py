@@ -17,7 +17,9 @@ from ..blocks import CGSMM, LSMM, ChannelMixingBlock, StripMixingBlock, StripMLP
 from ..layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual
 from .autograd import gelu_grn, is_plain, may_use_handwritten, norm_gelu, weighted_sum
 from .depthwise import depthwise_conv
+from .gpu import ProductStripMLPLayer, SquareDepthwiseConv2d
 from .linear_chain import ChainLink, linear_chain
+from .ops import on_cpu
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,7 +29,7 @@ class FastDepthwiseConv2d(DepthwiseConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.kernel_size[1] > 3 and x.shape[3] > 1
-        if wide and may_use_handwritten(x) and torch.is_grad_enabled() and self.weight.requires_grad:
+        if wide and on_cpu(x) and may_use_handwritten() and torch.is_grad_enabled() and self.weight.requires_grad:
             return depthwise_conv(x, self.weight)
         return super().forward(x)
 
@@ -36,7 +38,7 @@ class FastCGSMM(CGSMM):
     """``CGSMM`` that keeps less for the backward pass."""
 
     def forward(self, u: Tensor) -> Tensor:
-        if not may_use_handwritten(u):
+        if not may_use_handwritten():
             return super().forward(u)
         patches = split_patches(u, self.row_mix.num_patches)  # (B, D, H, W) -> (B, H, W, P, G)
         rows = self.row_mix(u + self.row_position().to(u.dtype))
@@ -51,7 +53,7 @@ class FastLSMM(LSMM):
     def forward(self, v: Tensor) -> Tensor:
         layers = self.reweight1, self.reweight2
         trains = torch.is_grad_enabled() and v.requires_grad
-        if not (trains and may_use_handwritten(v) and all(is_plain(layer, nn.Conv2d) for layer in layers)):
+        if not (trains and may_use_handwritten() and all(is_plain(layer, nn.Conv2d) for layer in layers)):
             return super().forward(v)
         return weighted_sum(self.tall(v), self.wide(v), v, weigh=self.weights, modules=layers)
 
@@ -60,7 +62,7 @@ class FastStripMixingBlock(StripMixingBlock):
     """``StripMixingBlock`` that keeps less for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_use_handwritten(x):
+        if not may_use_handwritten():
             return super().forward(x)
         x = self.project(self.dwconv(norm_gelu(self.norm1, x)))
         u, v = norm_gelu(self.norm2, x, halves=True)  # (B, C, H, W) -> 2 x (B, D, H, W)
@@ -72,7 +74,7 @@ class FastChannelMixingBlock(ChannelMixingBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         kinds = {self.norm: ChannelLayerNorm, self.fc1: PointwiseLinear, self.grn: GRN, self.fc2: PointwiseLinear}
-        if not may_use_handwritten(x) or not all(is_plain(module, kind) for module, kind in kinds.items()):
+        if not may_use_handwritten() or not all(is_plain(module, kind) for module, kind in kinds.items()):
             return super().forward(x)
         expand = ChainLink(self.fc1, self.norm, [self.norm])
         reduce = ChainLink(self.fc2, partial(gelu_grn, self.grn), [self.grn], shift=self.grn.beta.flatten())
@@ -83,7 +85,7 @@ class FastStripMLPBlock(StripMLPBlock):
     """``StripMLPBlock`` in which samples that DropPath drops skip the channel mixing."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_use_handwritten(x):
+        if not (on_cpu(x) and may_use_handwritten()):
             return super().forward(x)
         x = add_residual(x, self.strip_mixing(x), self.drop_path)
         return add_residual_of_kept(x, self.channel_mixing, self.drop_path)
@@ -106,29 +108,25 @@ def add_residual_of_kept(x: Tensor, branch: Callable[[Tensor], Tensor], drop_pat
     return rows.index_add(0, kept, out.to(x.dtype), alpha=scale).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
-_FORMS = (
-    FastDepthwiseConv2d,
-    FastCGSMM,
-    FastLSMM,
-    FastStripMixingBlock,
-    FastChannelMixingBlock,
-    FastStripMLPBlock,
-)
-_FAST = {form.__base__: form for form in _FORMS}
+_LEAN = (FastCGSMM, FastLSMM, FastStripMixingBlock, FastChannelMixingBlock, FastStripMLPBlock)
+_GPU = (SquareDepthwiseConv2d, ProductStripMLPLayer)
 
 
-def accelerate(model: Model) -> Model:
-    """Let the blocks of a network compute their gradients by hand, in place, and return the network.
+def accelerate(model: Model, device_type: str = "cpu", *, lean: bool = True) -> Model:
+    """Give the blocks of a network their faster forms for a type of device, in place, and return the network.
 
     Values and gradients are those of the plain formulation up to rounding. Parameters, buffers, their names and the
-    configuration stay; only modules of exactly the classes in ``models`` change. The hand-written gradients are used on
-    the devices in ``DEVICES`` and step aside for ``torch.compile``, exports, and modules that were replaced or carry
-    hooks. They cannot be differentiated twice; for that, leave the network plain.
+    configuration stay; only modules of exactly the classes in ``models`` change. The hand-written gradients step aside
+    for ``torch.compile``, exports, and modules that were replaced or carry hooks. They cannot be differentiated twice.
 
     Args:
         model: a ``StripMLPNet``, or any module; what has no fast form is left alone.
+        device_type: ``"cpu"`` or ``"cuda"``; a network that is moved later runs on the other one too, but slower.
+        lean: compute gradients by hand.
     """
+    own = _GPU if device_type == "cuda" else (FastDepthwiseConv2d,) if lean else ()
+    forms = {form.__base__: form for form in (*own, *(_LEAN if lean else ()))}
     for module in model.modules():
-        if type(module) in _FAST:
-            module.__class__ = _FAST[type(module)]
+        if type(module) in forms:
+            module.__class__ = forms[type(module)]
     return model

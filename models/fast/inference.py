@@ -32,7 +32,8 @@ from ..blocks import (
 )
 from ..layers import autocast_off, mean_over_space
 from .autograd import grn_scale
-from .ops import channels_last, gelu_, norm_over_space
+from .gpu import ProductStripMLPLayer, strip_matrix
+from .ops import channels_last, gelu_, norm_over_space, on_cpu, product_dtype
 from .packed import PackedConv2d, PackedLinear
 
 # Bytes per CPU thread of the largest map of a group of samples that goes through a stage together: what one operation
@@ -109,7 +110,7 @@ class InferenceStripMLP(nn.Module):
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Run the blocks of one stage over groups of samples that fit the cache. Shape: (B, C, H, W) -> same."""
         blocks = self.stages[stage]
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or len(blocks) == 0:
+        if not on_cpu(x) or torch.compiler.is_compiling() or len(blocks) == 0:
             return _run(blocks, x)
         largest = len(blocks[0].fc1.weight) * x.shape[2] * x.shape[3] * x.element_size()
         group = max(1, round(GROUP_BYTES * torch.get_num_threads() / largest))
@@ -189,6 +190,19 @@ class _FoldedBlock(nn.Module):
         return self.fc2(x.mul_(scale)).add_(residual)
 
 
+class _FoldedStripLayer(ProductStripMLPLayer):
+    """Inference form of a ``StripMLPLayer``, without its bias; the matrices of its product are made once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return StripMLPLayer.forward(self, x) if on_cpu(x) else self.product(x)
+
+    def mix_windows(self, x: Tensor, rows: int, reach: int) -> Tensor:
+        def matrix(x: Tensor) -> Tensor:
+            return strip_matrix(self.mix.weight, len(x), rows, reach).to(product_dtype(x))
+
+        return torch.bmm(x, matrix(x) if torch.compiler.is_compiling() else self.mix.packed(matrix, x))
+
+
 class _FoldedLSMM(nn.Module):
     """Inference form of an ``LSMM``. Shape: (B, D, H, W) -> same."""
 
@@ -248,5 +262,5 @@ def _without_bias(layer: StripMLPLayer, position: Tensor) -> tuple[StripMLPLayer
     """Return ``layer`` without its bias, and its output for the position map with its bias, float64 (D, H, W)."""
     constant = copy.deepcopy(layer).double()(position.double()[None])  # (1, D, H, W) -> (1, H, W, P, G)
     linear = _frozen(layer)
-    linear.mix = _conv(layer.mix)
+    linear.__class__, linear.mix = _FoldedStripLayer, _conv(layer.mix)
     return linear, constant[0].flatten(2).permute(2, 0, 1)  # (H, W, P, G) -> (H, W, D) -> (D, H, W)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..layers import PointwiseLinear, autocast_dtype
 from .autograd import aten, autocast_as_before
-from .ops import cat_groups, channels_last, product_dtype
+from .ops import cat_groups, channels_last, on_cpu, product_dtype
 
 # Positions (samples * rows * columns) per CPU thread in one group: what one operation writes, the next finds in the
 # cache.
@@ -70,7 +70,7 @@ def linear_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
 
 def _groups(x: Tensor) -> tuple[Tensor, ...]:
     """Split the samples into the groups that go through a chain together: on the CPU what its caches hold, else all."""
-    if x.device.type != "cpu":
+    if not on_cpu(x):
         return (x,)
     positions = len(x) * x.shape[2] * x.shape[3]
     count = min(len(x), math.ceil(positions / (GROUP_POSITIONS * torch.get_num_threads())))

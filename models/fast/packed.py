@@ -1,12 +1,12 @@
-"""Convolutions with constant weights, which oneDNN keeps in its own order on the CPU.
+"""Convolutions with constant weights, which are brought into the form that the device likes once, not in each call.
 
-An ordinary convolution copies its weight into the order of oneDNN's kernels in every call; constant weights are copied
-once. A GELU that follows is applied while a result is still in registers. This needs PyTorch's operators
-``mkldnn._linear_pointwise``, ``mkldnn._convolution_pointwise`` and those that reorder weights for them, which
-torch.compile uses too; where oneDNN is missing, or the input is anything but float32 on the CPU, the plain operations
-run instead.
+On a CPU that is the order of oneDNN's kernels. A GELU that follows is applied while a result is still in registers.
+This needs PyTorch's operators ``mkldnn._linear_pointwise``, ``mkldnn._convolution_pointwise`` and those that reorder
+weights for them, which torch.compile uses too; where oneDNN is missing, or the input is anything but float32, the plain
+operations run instead. On a GPU it is the type of autocast, and a square for depthwise kernels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..layers import autocast_dtype
 from .autograd import may_use_handwritten
-from .ops import channels_last, gelu_
+from .ops import channels_last, gelu_, on_cpu, product_dtype, square_kernel
 
 
 class _Packed(nn.Module):
@@ -24,7 +24,7 @@ class _Packed(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight.detach())
-        self._packed: tuple[Tensor, int, Tensor] | None = None  # weight, its version, the same in oneDNN's order
+        self._packed: tuple[Any, Any] | None = None  # what it was made for, and the weight in the form that was made
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # a copy packs its own weight
@@ -32,23 +32,21 @@ class _Packed(nn.Module):
     def packable(self, x: Tensor) -> bool:
         """Return whether oneDNN can compute with ``x`` and the packed weight."""
         return (
-            may_use_handwritten(x)
+            on_cpu(x)
+            and may_use_handwritten()
             and x.dtype == self.weight.dtype == torch.float32
             and autocast_dtype("cpu") is None
             and torch.backends.mkldnn.is_available()
             and torch.backends.mkldnn.enabled
         )
 
-    def packed(self, x: Tensor) -> Tensor:
-        """Return the weight in the order that suits maps like ``x``, packed again if the weight has changed."""
+    def packed(self, pack: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """Return ``pack(x)``, made again when the weight or the type of the product has changed."""
         version = 0 if self.weight.is_inference() else self.weight._version
-        if self._packed is None or self._packed[0] is not self.weight or self._packed[1] != version:
-            self._packed = (self.weight, version, self.pack(x))
-        return self._packed[2]
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Return the weight in oneDNN's order."""
-        raise NotImplementedError
+        made_for = (id(self.weight), version, product_dtype(x), pack.__name__)
+        if self._packed is None or self._packed[0] != made_for:
+            self._packed = (made_for, pack(x))
+        return self._packed[1]
 
 
 class PackedConv2d(_Packed):
@@ -66,12 +64,19 @@ class PackedConv2d(_Packed):
         self.padding, self.groups = padding, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.packable(x):
+        if self.packable(x):
+            x, how = channels_last(x), (self.padding, (1, 1), (1, 1), self.groups)
+            weight = self.packed(self._ordered, x)
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, None, *how, "none", [None], "none")
+        if on_cpu(x) or self.weight.shape[1] > 1:
             return F.conv2d(x, self.weight, padding=self.padding, groups=self.groups)
-        x, how = channels_last(x), (self.padding, (1, 1), (1, 1), self.groups)
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed(x), None, *how, "none", [None], "none")
+        weight = self._square(x) if torch.compiler.is_compiling() else self.packed(self._square, x)
+        return F.conv2d(x, weight, padding=weight.shape[2] // 2, groups=self.groups)
 
-    def pack(self, x: Tensor) -> Tensor:
+    def _square(self, x: Tensor) -> Tensor:
+        return square_kernel(self.weight).to(product_dtype(x))
+
+    def _ordered(self, x: Tensor) -> Tensor:
         how = (self.padding, (1, 1), (1, 1), self.groups, list(x.shape))
         return torch.ops.mkldnn._reorder_convolution_weight(self.weight, *how)
 
@@ -93,15 +98,27 @@ class PackedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] == (1, 1):  # too small for oneDNN to be faster
-            x = F.linear(x.flatten(1), self.weight, self.bias)[:, :, None, None]  # (B, in, 1, 1) -> (B, out, 1, 1)
+            x = F.linear(x.flatten(1), *self._constants(x))[:, :, None, None]  # (B, in, 1, 1) -> (B, out, 1, 1)
         elif self.packable(x):
             after = "gelu" if self.gelu else "none"
             x = x.permute(0, 2, 3, 1).contiguous()  # (B, in, H, W) -> (B, H, W, in)
-            x = torch.ops.mkldnn._linear_pointwise(x, self.packed(x), self.bias, after, [None], "none")
+            weight = self.packed(self._ordered, x)
+            x = torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, after, [None], "none")
             return x.permute(0, 3, 1, 2)  # (B, H, W, out) -> (B, out, H, W)
         else:
-            x = F.conv2d(x, self.weight[:, :, None, None], self.bias)
+            weight, bias = self._constants(x)
+            x = F.conv2d(x, weight[:, :, None, None], bias)
         return gelu_(x) if self.gelu else x
 
-    def pack(self, x: Tensor) -> Tensor:
+    def _constants(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias, on a GPU in the type of the product."""
+        if on_cpu(x) or torch.compiler.is_compiling():
+            return self.weight, self.bias
+        return self.packed(self._cast, x)
+
+    def _cast(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        dtype = product_dtype(x)
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
+    def _ordered(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight, x.shape[:-1].numel())

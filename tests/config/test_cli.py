@@ -45,6 +45,7 @@ CASES = [
     ("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", "4", 4),
     ("--use-checkpoint", "TRAIN.USE_CHECKPOINT", None, True),
     ("--amp", "TRAIN.AMP", "bf16", "bf16"),
+    ("--compile", "TRAIN.COMPILE", None, True),
     ("--amp-opt-level", "AMP_OPT_LEVEL", "O1", "O1"),
     ("--seed", "SEED", "0", 0),
     ("--output", "OUTPUT", "out", "out"),

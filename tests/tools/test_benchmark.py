@@ -87,7 +87,7 @@ def test_fast_forms_are_attached_unless_plain_is_asked_for(
     form: str, accelerated: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[nn.Module, torch.device]] = []
-    monkeypatch.setattr("models.accelerate", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("models.accelerate", lambda *arguments, **_: calls.append(arguments))
     build_workload(Candidate("strip_mlp_nano", form), Setting("infer", 2, 32, CPU))
     assert [(type(network), device) for network, device in calls] == [(StripMLPNet, CPU)] * accelerated
 

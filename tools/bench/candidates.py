@@ -14,7 +14,7 @@ import models  # also registers strip_mlp_* with timm
 from tools.bench.reference import VARIANTS, ReferenceStripMLP
 from utils.training import compile_model
 
-FORMS = ("default", "plain", "compiled", "graphed", "inference", "inference-compiled", "inference-graphed")
+FORMS = ("default", "plain", "lean", "compiled", "graphed", "inference", "inference-compiled", "inference-graphed")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,9 +26,9 @@ class Candidate:
     Attributes:
         name: a timm model (``strip_mlp_tiny``, ``resnet50``, ...), or ``reference``, ``reference_base``, ...: the plain
             published formulation (``tools/bench/reference.py``).
-        form: ``default``, as ``main.py`` trains it on this device; ``plain``, without ``models.fast``; ``compiled``;
-            ``graphed``, compiled as a whole into a CUDA graph; ``inference``, the result of ``to_inference()``, as it
-            is, compiled or graphed.
+        form: ``default``, as ``main.py`` trains it on this device; ``plain``, without ``models.fast``; ``lean``, with
+            its hand-written gradients also where they are not the default; ``compiled``; ``graphed``, compiled as a
+            whole into a CUDA graph; ``inference``, the result of ``to_inference()``, as it is, compiled or graphed.
         precision: ``fp32``, ``tf32`` (GPU only), or ``bf16`` or ``fp16`` autocast.
     """
 
@@ -113,21 +113,27 @@ def build_workload(candidate: Candidate, setting: Setting) -> Workload:
     """
     if candidate.precision == "tf32" and setting.device.type != "cuda":
         raise ValueError(f"{candidate.label}: tf32 is a format of NVIDIA GPUs; on the CPU use fp32 or bf16")
-    network = _in_form(build_network(candidate, setting.img_size), candidate, setting)
+    network = build_network(candidate, setting.img_size).to(setting.device)
+    network = in_form(network, candidate, setting, mode=setting.mode)
     images = torch.randn(setting.batch, 3, setting.img_size, setting.img_size, device=setting.device)
     images = images.contiguous(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
     prepare = _update if setting.mode == "train" else _forward
     return Workload(network, prepare(network, images, candidate))
 
 
-def _in_form(network: nn.Module, candidate: Candidate, setting: Setting) -> nn.Module:
-    network = network.to(setting.device).train(setting.mode == "train")
+def in_form(network: nn.Module, candidate: Candidate, setting: Setting, *, mode: str) -> nn.Module:
+    """Return ``network`` in the candidate's form for ``mode`` (``train`` or ``infer``) on the device of ``setting``.
+
+    Raises:
+        ValueError: the network does not have this form.
+    """
+    network = network.train(mode == "train")
     if setting.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if candidate.form != "plain":
-        models.accelerate(network, setting.device)
+        models.accelerate(network, setting.device, lean="on" if candidate.form == "lean" else "auto")
     if candidate.form.startswith("inference"):
-        if setting.mode == "train" or not hasattr(network, "to_inference"):
+        if mode == "train" or not hasattr(network, "to_inference"):
             raise ValueError(f"{candidate.label}: only Strip-MLP has an inference form, and only for --mode infer")
         network = network.to_inference()
     if candidate.form.endswith("compiled"):
@@ -143,6 +149,11 @@ def _numerics(precision: str, device: torch.device) -> AbstractContextManager:
         mode = "tf32" if precision == "tf32" else "ieee"
         torch.backends.cuda.matmul.fp32_precision = mode
         torch.backends.cudnn.conv.fp32_precision = mode
+    return autocast(precision, device)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Return the autocast context of a precision."""
     if precision in _AUTOCAST:
         return torch.autocast(device.type, dtype=_AUTOCAST[precision])
     return contextlib.nullcontext()

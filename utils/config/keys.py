@@ -115,6 +115,7 @@ OPTIMIZERS = (
     "adamw|sgd|adabelief|adam|adamp|adan|adopt|adoptw|lamb|lambc|laprop|larc|lars|lion|madgrad|mars|muon|nadam|nadamw|"
     "novograd|radam|rmsprop|rmsproptf|sgdp|sgdw"
 )
+NOT_COMPILED = when("TRAIN.COMPILE", False)
 
 # A table: each row is one line, or two where it is long.
 # fmt: off
@@ -251,7 +252,13 @@ _ROWS = (
     Key("TRAIN.EMA_WARMUP", True, "let the decay of the average rise slowly at the start",
         idle_when=when("TRAIN.EMA_DECAY", 0), ours=True),
     Key("TRAIN.SYNC_BN", False, "batch statistics over all processes", ours=True),
-    Key("TRAIN.COMPILE", False, "torch.compile", ours=True),
+    Key("TRAIN.LEAN", "auto", "hand-written gradients, which keep less memory; auto: where they are faster (CPUs)",
+        "auto|on|off", idle_when=TIMM, ours=True),
+    Key("TRAIN.COMPILE", False, "torch.compile", flag="--compile", ours=True),
+    Key("TRAIN.COMPILE_MODE", "default", "reduce-overhead: replay CUDA graphs; for small batches on a GPU",
+        "default|reduce-overhead", idle_when=NOT_COMPILED, ours=True),
+    Key("TRAIN.MEMORY_BUDGET", 1.0, "share of the activations that a compiled model keeps; the rest is recomputed",
+        "[0, 1]", idle_when=NOT_COMPILED, ours=True),
     Key("TRAIN.TF32", False, "TF32 products on NVIDIA GPUs; False = full float32", ours=True),
     Key("TRAIN.SAVE_STEPS", 0, "updates between two saves within an epoch; 0 = none",
         "[0, inf)", affects="nothing", ours=True),

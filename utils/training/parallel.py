@@ -9,8 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
@@ -75,16 +78,26 @@ def check_compiler(config: CfgNode, device: torch.device) -> None:
         )
 
 
-def compile_model(model: nn.Module) -> None:
+def compile_model(model: nn.Module, **options: Any) -> None:
     """Compile ``model`` in place with ``torch.compile``; the next forward and backward pass do the work.
 
     A network that offers ``compile_blocks`` compiles its repeated blocks, which share graphs; any other is compiled as
     a whole. Names in the state dict stay as they are. Shapes are fixed: another batch size compiles again.
+
+    Args:
+        model: the model.
+        options: of ``torch.compile``, such as ``mode``.
     """
     # The instances of a block share one cache of graphs: for each stage one for training, one for evaluation, ...
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS_PER_BLOCK)
     compile_in_place = getattr(model, "compile_blocks", model.compile)
-    compile_in_place(dynamic=False)
+    compile_in_place(dynamic=False, **options)
+
+
+def compiler_cache() -> str:
+    """Return the folder in which compiled code is kept between runs; without the user's choice, one of the user's."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strip_mlp" / "torchinductor"
+    return os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default))
 
 
 def compile_and_warm_up(
@@ -119,16 +132,18 @@ def compile_and_warm_up(
     image = input_shape(config)
     batch = config.DATA.BATCH_SIZE if compiles or on_gpu else 2
     if compiles:
-        logger.info("compiling the model; this takes a minute or more")
-        compile_model(model.module)
-        if averaged is not None:
-            compile_model(averaged)
+        torch._functorch.config.activation_memory_budget = config.TRAIN.MEMORY_BUDGET
+        logger.info("compiling the model; this takes minutes the first time. Cache: %s", compiler_cache())
+        for each in (model.module, averaged):
+            if each is not None:
+                compile_model(each, mode=config.TRAIN.COMPILE_MODE)
     try:
         warm_up(model, (batch, *image), device=device, autocast=autocast)
         if compiles:
             evaluated = model.module if averaged is None else averaged
             warm_up_evaluation(evaluated, (config.TEST.BATCH_SIZE or batch, *image), device=device, autocast=autocast)
-            logger.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            logger.info("compiled and warmed up in %.1f s, %d graphs", time.perf_counter() - start, graphs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise RunError(
             f"TRAIN.COMPILE: the model cannot be compiled here: {one_line(error)}; install what is missing, or set "

@@ -1,0 +1,112 @@
+"""Layers in the form that suits a GPU's libraries: the same functions, also under ``torch.compile`` and autocast.
+
+cuDNN has fast kernels for depthwise convolutions over channels_last maps, but for square kernels alone, and none for
+grouped convolutions with as few channels per group as a Strip MLP layer has. So a depthwise kernel is filled up with
+zeros to a square, and a Strip MLP layer becomes one batched matrix product.
+
+Legend as in ``models.blocks``; also R rows of a window, N windows of a map (N * R = H), E rows of a strip.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..blocks import StripMLPLayer, split_patches
+from ..layers import DepthwiseConv2d
+from .ops import on_cpu, square_kernel
+
+# Positions of a map up to which all its rows are mixed by one matrix; that matrix has this number squared per group.
+WHOLE_POSITIONS = 256
+# Rows of a window in a larger map: the more, the fewer rows are read twice, and the more of the matrix is zeros.
+WINDOW_ROWS = (4, 2, 1)
+# Elements by which the rows of a half-precision matrix should be divisible, so that tensor cores read them directly.
+ALIGNMENT = 8
+
+
+class SquareDepthwiseConv2d(DepthwiseConv2d):
+    """``DepthwiseConv2d`` with a square kernel in compiled code and without gradients, as measured on an H100."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if on_cpu(x) or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+            return super().forward(x)
+        weight = square_kernel(self.weight)
+        return F.conv2d(x, weight, padding=weight.shape[2] // 2, groups=self.groups)
+
+
+class ProductStripMLPLayer(StripMLPLayer):
+    """``StripMLPLayer`` as one matrix product for each of the G groups: (rows of windows, K) x (K, outputs).
+
+    In compiled code alone: outside it, the many small operations keep the host busy for longer than they save.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if on_cpu(x) or not torch.compiler.is_compiling():
+            return super().forward(x)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return what ``forward`` returns, as a matrix product."""
+        x = split_patches(x, self.num_patches)  # (B, D, H, W) -> (B, H, W, P, G)
+        if self.axis == "column":
+            x = x.transpose(1, 2)
+        batch, height, width, patches, groups = x.shape
+        windows, rows, padded = _windows(height, width)
+        x = x.permute(4, 0, 3, 1, 2)  # (B, H, W, P, G) -> (G, B, P, H, W)
+        if padded > height:
+            x = F.pad(x, (0, 0, 0, padded - height))
+        reach = self.mix.weight.shape[3] // 2 if windows > 1 else 0  # rows that a window sees beyond its own
+        x = x.unflatten(3, (windows, rows))  # (G, B, P, H, W) -> (G, B, P, N, R, W)
+        if reach:
+            x = _with_neighbours(x, reach)
+        x = x.reshape(groups, batch * patches * windows, -1)  # -> (G, B * P * N, (R + 2 * reach) * W)
+        x = self.mix_windows(x, rows, reach)
+        x = x.view(groups, batch, patches, padded, -1)  # (G, B * P * N, R * W') -> (G, B, P, H, W')
+        x = x[:, :, :, :height].permute(1, 3, 4, 2, 0)  # -> (B, H, W', P, G)
+        return x.transpose(1, 2) if self.axis == "column" else x
+
+    def mix_windows(self, x: Tensor, rows: int, reach: int) -> Tensor:
+        """Mix windows of ``rows`` rows, and ``reach`` more on either side.
+
+        Shape: (G, B * P * N, (R + 2 * reach) * W) -> (G, B * P * N, R * W').
+        """
+        bias = self.mix.bias.view(len(x), 1, 1, -1)  # (G * W',) -> (G, 1, 1, W')
+        bias = bias.expand(-1, -1, rows, -1).reshape(len(x), 1, -1)  # -> (G, 1, R * W')
+        return torch.baddbmm(bias, x, strip_matrix(self.mix.weight, len(x), rows, reach))
+
+
+def _windows(height: int, width: int) -> tuple[int, int, int]:
+    """Return the number of windows, the rows of each, and the rows of the map with zeros added below."""
+    if height * width <= WHOLE_POSITIONS:
+        step = ALIGNMENT // math.gcd(ALIGNMENT, width)
+        padded = math.ceil(height / step) * step
+        return 1, padded, padded
+    rows = next(rows for rows in WINDOW_ROWS if height % rows == 0)
+    return height // rows, rows, height
+
+
+def _with_neighbours(x: Tensor, reach: int) -> Tensor:
+    """Add to each window the last rows of the one above and the first of the one below, zeros at the map's edges.
+
+    Shape: (..., N, R, W) -> (..., N, R + 2 * reach, W).
+    """
+    above = F.pad(x[..., :-1, -reach:, :], (0, 0, 0, 0, 1, 0))
+    below = F.pad(x[..., 1:, :reach, :], (0, 0, 0, 0, 0, 1))
+    return torch.cat([above, x, below], dim=-2)
+
+
+def strip_matrix(weight: Tensor, groups: int, rows: int, reach: int) -> Tensor:
+    """Return the matrices that mix a window, (G, (R + 2 * reach) * W, R * W'), most of their blocks zero.
+
+    The block of input row i and output row o holds the weights of strip row i - o + E // 2 - reach, if there is one.
+    """
+    strip = weight.shape[3]
+    moved = strip // 2 - reach  # 0, or strip // 2 for a window that sees no other rows
+    size = rows + 2 * reach
+    ones = torch.eye(size + moved, rows + strip - 1, dtype=weight.dtype, device=weight.device)[moved:]
+    chosen = ones.unfold(1, strip, 1)  # -> (R + 2 * reach, R, E), a one where the block (i, o) is strip row e
+    blocks = weight.view(groups, -1, weight.shape[1], strip).permute(3, 0, 2, 1)  # (G * W', W, 1, E) -> (E, G, W, W')
+    matrix = chosen.flatten(0, 1) @ blocks.flatten(1)  # -> ((R + 2 * reach) * R, G * W * W')
+    matrix = matrix.unflatten(1, blocks.shape[1:]).unflatten(0, (size, rows))  # -> (R + 2 * reach, R, G, W, W')
+    return matrix.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)

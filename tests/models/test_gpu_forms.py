@@ -1,0 +1,94 @@
+"""The forms for GPUs: the same functions, tried on the CPU, which is told to take their path."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from models import gpu_path
+from models.blocks import StripMLPLayer
+from models.fast import accelerate, ops
+from models.fast.gpu import ProductStripMLPLayer, SquareDepthwiseConv2d
+from models.layers import DepthwiseConv2d
+from tests.builders import noise_map, randomised, tiny_network
+from tests.golden.load import golden_model, images, training_step
+
+
+@pytest.fixture(autouse=True)
+def _gpu_path() -> Iterator[None]:
+    with gpu_path():
+        yield
+
+
+@pytest.mark.parametrize("axis", ("row", "column"))
+@pytest.mark.parametrize(
+    ("size", "strip_width"),
+    ((1, 3), (7, 3), (14, 3), (14, 5), (17, 3), (20, 3), (20, 7), (24, 1)),  # up to 16: one window of the whole map
+)
+def test_a_strip_layer_as_a_product(size: int, strip_width: int, axis: str) -> None:
+    layer = randomised(StripMLPLayer(4, size, 2, axis, strip_width=strip_width))
+    other = size + 4  # rows and columns may differ
+    x = noise_map(2, 4, *((other, size) if axis == "row" else (size, other))).requires_grad_()
+    product = copy.copy(layer)  # shares the parameters
+    product.__class__ = ProductStripMLPLayer
+    results = []
+    for call in (layer, product.product):
+        out = call(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("kernel_size", ((7, 3), (3, 7), (3, 3)))
+def test_a_square_depthwise_kernel(kernel_size: tuple[int, int]) -> None:
+    conv, x = randomised(DepthwiseConv2d(3, kernel_size)), noise_map(2, 3, 5, 6)
+    square = copy.copy(conv)
+    square.__class__ = SquareDepthwiseConv2d
+    with torch.no_grad():
+        torch.testing.assert_close(square(x), conv(x), rtol=1e-12, atol=1e-12)
+    assert square.weight.shape[2:] == kernel_size
+
+
+@pytest.mark.parametrize("lean", (False, True))
+def test_gradients_in_compiled_and_eager_code(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code takes other forms than eager code; in float64 each gradient is that of the plain network."""
+    results = []
+    for form in ("plain", "eager", "compiled"):
+        model = golden_model("nano32").double()
+        if form != "plain":
+            accelerate(model, "cuda", lean=lean)
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda form=form: form == "compiled")
+        training_step(model, images("nano32", 3).double())
+        results.append([p.grad for p in model.parameters()])
+    for gradients in results[1:]:
+        torch.testing.assert_close(gradients, results[0], rtol=1e-8, atol=1e-10)
+
+
+def test_only_the_forms_of_the_device_are_attached() -> None:
+    def kinds(*args: str, **options: bool) -> set[str]:
+        names = {type(module).__name__ for module in accelerate(tiny_network(), *args, **options).modules()}
+        return {name for name in names if name.startswith(("Fast", "Square", "Product"))}
+
+    gpu = {"SquareDepthwiseConv2d", "ProductStripMLPLayer"}
+    assert kinds("cuda", lean=False) == gpu
+    assert "FastDepthwiseConv2d" not in kinds("cuda", lean=True) > gpu
+    assert kinds("cpu", lean=False) == set()
+    assert "FastDepthwiseConv2d" in kinds("cpu", lean=True)
+
+
+def test_the_inference_form_prepares_its_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = tiny_network().eval(), torch.randn(2, 3, 32, 32)
+    folded, padded = network.to_inference(), []
+    monkeypatch.setattr(ops.F, "pad", lambda *args, pad=ops.F.pad: padded.append(args) or pad(*args))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), network(x), rtol=1e-4, atol=1e-5)
+        first = len(padded)
+        half = [folded(x) for _ in range(2) if torch.is_autocast_enabled("cpu") is False]
+        assert torch.equal(*half)
+        later = len(padded)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(folded(x).float(), network(x).float(), rtol=0.1, atol=0.05)
+        folded.stages[0][0].lsmm.tall.weight.mul_(2.0)
+        changed = folded(x)
+    assert later - first < 2 * first
+    assert not torch.equal(changed, half[0])

@@ -1,0 +1,90 @@
+"""What a network executes is counted without running it; the figures must not grow unnoticed."""
+
+import pytest
+import torch
+from timm.models import register_model
+from torch import Tensor, nn
+
+from tools import benchmark
+from tools.bench.candidates import Candidate, Setting
+from tools.bench.count import count, kept_compiled
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def per_image(name: str, mode: str) -> dict[str, float]:
+    return count(Candidate.parse(name), Setting(mode, 16, 224, GPU, channels_last=True), mode).per_image(16)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "kernels", "megabytes", "kept"),
+    (
+        ("strip_mlp_tiny:bf16", "train", 3565, 822, 81.6),
+        ("strip_mlp_tiny:lean:bf16", "train", 4179, 742, 52.3),
+        ("strip_mlp_tiny:inference:bf16", "infer", 902, 242, 0),
+    ),
+)
+def test_the_path_of_a_gpu_does_not_grow(name: str, mode: str, kernels: int, megabytes: float, kept: float) -> None:
+    """The published formulation: 3675 kernels, 1173 MB, 92.5 MB kept; inference: 1553 kernels, 421 MB."""
+    found = per_image(name, mode)
+    assert found["waits"] == 0
+    assert found["kernels"] <= kernels
+    assert found["MB"] <= megabytes * 1.005
+    assert found["kept"] <= kept * 1.005
+
+
+class Waiting(nn.Module):
+    """A network whose host reads a number in each forward pass and copies an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean(dim=(2, 3))  # 1 kernel, reads the images
+        return self.fc(x) * x.sum().item()  # 3 kernels, one wait
+
+
+@register_model
+def waiting_net(pretrained: bool = False, **_ignored) -> Waiting:
+    """Known to timm, as the benchmark asks for models by name."""
+    return Waiting()
+
+
+def test_kernels_bytes_and_waits_of_a_known_network() -> None:
+    counts = count(Candidate("waiting_net"), Setting("infer", 2, 8, CPU), "infer")
+    images, pooled, scores, weights = 2 * 3 * 64 * 4, 2 * 3 * 4, 2 * 10 * 4, 3 * 10 * 4 + 10 * 4
+    by_operation = {operation: size for (operation, _), size in counts.moved.items()}
+    assert by_operation == {
+        "mean": images + pooled,
+        "addmm": pooled + weights + scores,
+        "sum": pooled + 4,
+        "mul": scores + scores,
+    }
+    assert counts.kernels.total() == 4
+    assert dict(counts.waits) == {"_local_scalar_dense": 1}
+    assert {part for operation, part in counts.kernels if operation == "addmm"} == {"fc"}
+
+
+def test_backward_work_belongs_to_the_part_that_caused_it() -> None:
+    counts = count(Candidate("waiting_net"), Setting("train", 2, 8, CPU), "train")
+    assert counts.kernels["mm", "fc"] == 1  # the weight's gradient; the images need none
+    assert counts.kept["fc"] == 2 * 3 * 4
+
+
+def test_a_budget_makes_compiled_code_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Conv2d(3, 4, 1), nn.GELU(), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 10, 8), nn.Flatten()]
+    monkeypatch.setattr("tools.bench.count.build_network", lambda *_: nn.Sequential(*layers))
+    setting = Setting("train", 2, 8, GPU, channels_last=True)
+    kept = {budget: kept_compiled(Candidate("resnet18"), setting, budget=budget) for budget in (1.0, 0.0)}
+    assert 0 < kept[0.0] < 0.7 * kept[1.0]
+
+
+def test_count_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark.main(["count", "waiting_net", "--batch", "2", "--img-size", "8", "--by", "operation", "part"])
+    out = capsys.readouterr().out
+    assert "counts on cuda, batch 2, 8 x 8, fp32" in out
+    assert "waiting_net, infer, by operation" in out
+    assert "waiting_net, train, by part" in out
+    with pytest.raises(SystemExit, match="error: waiting_net:compiled: only what runs operation by operation"):
+        benchmark.main(["count", "waiting_net:compiled"])
