@@ -9,7 +9,7 @@ from utils.training.meters import RunningMeans, UpdateTimer
 from utils.training.optimizer import build_optimizer
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.precision import Precision, build_precision
-from utils.training.records import epoch_row, log_updates, record_epoch, trim_metrics
+from utils.training.records import epoch_row, log_updates, read_metrics, record_epoch, trim_metrics
 from utils.training.state import Progress, TrainState
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "poison_nonfinite",
     "Precision",
     "Progress",
+    "read_metrics",
     "record_epoch",
     "RunningMeans",
     "scaled_learning_rates",
