@@ -2,6 +2,7 @@
 
 from data.build import build_dataset, build_train_loader, build_val_loader
 from data.checks import check_data
+from data.dataset import ImageDataset
 from data.images.batch import build_batch_transform
 from data.images.decode import decode_image, jpeg_complaint, to_rgb
 from data.images.transforms import build_transform, check_transform
@@ -9,6 +10,7 @@ from data.loading.collate import collate
 from data.sources.listing import expanded_path, list_images, read_image_file
 
 __all__ = [
+    "ImageDataset",
     "build_batch_transform",
     "build_dataset",
     "build_train_loader",

@@ -1,6 +1,6 @@
 """Strip-MLP as PyTorch modules; knows nothing of data or training."""
 
-from .build import build_model
+from .build import build_model, timm_kwargs
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model
 from .forms import accelerate, inference_form
@@ -13,5 +13,6 @@ __all__ = [
     "check_model",
     "from_published",
     "inference_form",
+    "timm_kwargs",
     "to_published",
 ]

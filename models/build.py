@@ -1,5 +1,6 @@
 """Config -> model: Strip-MLP, or any timm model as a baseline through the same recipe."""
 
+import ast
 import difflib
 import logging
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from yacs.config import CfgNode
 
 logger = logging.getLogger(__name__)
+
+# Arguments of timm.create_model that MODEL.TIMM_KWARGS must not hold.
+_NOT_KWARGS = {
+    *("num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate", "model_name", "features_only"),
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"),
+}
 
 
 def build_model(config: "CfgNode") -> nn.Module:
@@ -72,7 +79,24 @@ def _build_timm(config: "CfgNode") -> nn.Module:
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options["img_size"] = config.DATA.IMG_SIZE
+    options |= timm_kwargs(config.MODEL.TIMM_KWARGS)
     return _create_with_accepted(name, options, _drop_rates(config))
+
+
+def timm_kwargs(text: str) -> dict[str, Any]:
+    """Return the arguments of MODEL.TIMM_KWARGS; values are read as literals, else as text, as timm's programs do."""
+    found: dict[str, Any] = {}
+    for word in text.split():
+        name, sign, value = word.partition("=")
+        if not (sign and name.isidentifier()):
+            raise ValueError(f"MODEL.TIMM_KWARGS: {word!r} is not NAME=VALUE (without spaces in it)")
+        if name in _NOT_KWARGS:
+            raise ValueError(f"MODEL.TIMM_KWARGS: {name} is not taken: other keys set it, or it would read files")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def _create_with_accepted(name: str, options: dict[str, Any], drop_rates: dict[str, float]) -> nn.Module:

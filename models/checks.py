@@ -107,7 +107,8 @@ def _keys(config: "CfgNode") -> str:
     """Return the keys that decide about the model's shapes, with their values."""
     strip = config.MODEL.STRIP_MLP
     if config.MODEL.TYPE == "timm":
-        model = f"MODEL.TIMM_NAME {config.MODEL.TIMM_NAME}"
+        kwargs = f", MODEL.TIMM_KWARGS {config.MODEL.TIMM_KWARGS}" if config.MODEL.TIMM_KWARGS else ""
+        model = f"MODEL.TIMM_NAME {config.MODEL.TIMM_NAME}{kwargs}"
     else:
         model = f"MODEL.STRIP_MLP.EMBED_DIM {strip.EMBED_DIM}, LAYERS {list(strip.LAYERS)}"
     return f"{model} at DATA.IMG_SIZE {config.DATA.IMG_SIZE}, MODEL.STRIP_MLP.IN_CHANS {strip.IN_CHANS}"

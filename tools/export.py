@@ -13,7 +13,6 @@ aoti          the same, compiled for this machine, for ``torch._inductor.aoti_lo
 import argparse
 import hashlib
 import json
-import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -31,15 +30,16 @@ import torch
 from timm.models import push_to_hf_hub, save_for_hf
 from timm.models._hub import generate_readme
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import build_val_loader
-from inference import Opened, evaluate_opened, open_checkpoint
-from models import StripMLPNet, inference_form, to_published
+from inference import Opened, evaluate_opened
+from models import StripMLPNet, inference_form, timm_kwargs, to_published
+from tools.common import checkpoint_parser, make_folder, open_from, progress, run_tool
 from utils.checkpoint import FORMAT_VERSION, METADATA_KEY
 from utils.config import dump_config, recipe_deviations
+from utils.errors import RunError
 from utils.runtime import atomic_file
-from utils.training import read_metrics
+from utils.training import metrics_rows
 
 BATCHES = (1, 2, 5)  # that an exported graph is compared at
 TOLERANCE = 1e-3  # largest difference, relative to the largest score
@@ -50,13 +50,13 @@ def export(opened: Opened, kind: str, target: Path, *, accuracy: dict[str, Any] 
     """Write the model as ``kind`` to ``target``, a folder for 'safetensors' and 'hub', else a file.
 
     Raises:
-        RuntimeError: a package or a compiler is missing; or what was written computes something else.
+        RunError: a package or a compiler is missing; or what was written computes something else.
     """
     if kind in ("safetensors", "hub"):
         write_folder(opened, target, accuracy=accuracy, card=kind == "hub")
     elif kind == "published":
         if not isinstance(opened.model, StripMLPNet):
-            raise RuntimeError(f"the released code has no {opened.config.MODEL.TIMM_NAME}; export to safetensors")
+            raise RunError(f"the released code has no {opened.config.MODEL.TIMM_NAME}; export to safetensors")
         with atomic_file(target) as temporary:
             torch.save({"model": to_published(opened.model.state_dict())}, temporary)
     else:
@@ -87,7 +87,7 @@ def architecture(opened: Opened) -> tuple[str, dict[str, Any]]:
     if not isinstance(model, StripMLPNet):
         if model.pretrained_cfg.get("fixed_input_size"):
             args["img_size"] = opened.config.DATA.IMG_SIZE
-        return model.pretrained_cfg["architecture"], args
+        return model.pretrained_cfg["architecture"], args | timm_kwargs(opened.config.MODEL.TIMM_KWARGS)
     args |= {"img_size": opened.config.DATA.IMG_SIZE, "patch_size": strip.PATCH_SIZE, "embed_dim": strip.EMBED_DIM}
     args |= {"depths": list(strip.LAYERS), "mlp_ratio": opened.config.MODEL.ALPHA}
     args |= {"num_patches": strip.NUM_PATCHES or None}
@@ -154,9 +154,9 @@ def write_graph(model: nn.Module, opened: Opened, kind: str, target: Path) -> No
     """Write the forward pass with a dynamic batch, and compare it with PyTorch at the batch sizes ``BATCHES``."""
     for package in ("onnx", "onnxscript", "onnxruntime") if kind == "onnx" else ():
         if find_spec(package) is None:
-            raise RuntimeError(f"--format onnx needs the package {package}; see requirements-extra.txt")
+            raise RunError(f"--format onnx needs the package {package}; see requirements-extra.txt")
     if kind == "aoti" and opened.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        raise RuntimeError("--format aoti compiles C++ and finds no compiler; install g++, or choose torch-export")
+        raise RunError("--format aoti compiles C++ and finds no compiler; install g++, or choose torch-export")
     size = opened.config.DATA.IMG_SIZE
     images = torch.randn(2, opened.config.MODEL.STRIP_MLP.IN_CHANS, size, size, device=opened.device)
     with torch.no_grad():
@@ -203,16 +203,14 @@ def check(model: nn.Module, run: Callable[[Tensor], Tensor], like: Tensor) -> No
     """Compare an exported graph with the model on random images.
 
     Raises:
-        RuntimeError: they differ by more than ``TOLERANCE``.
+        RunError: they differ by more than ``TOLERANCE``.
     """
     for batch in BATCHES:
         images = torch.randn(batch, *like.shape[1:], device=like.device)
         expected, got = model(images), run(images).to(like.device)
         error = ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
         if got.shape != expected.shape or not error <= TOLERANCE:
-            raise RuntimeError(
-                f"the exported graph differs from PyTorch at batch {batch}, by {error:.1e} of the scores"
-            )
+            raise RunError(f"the exported graph differs from PyTorch at batch {batch}, by {error:.1e} of the scores")
         print(f"batch {batch}: largest difference from PyTorch {error:.1e} of the largest score")
 
 
@@ -220,11 +218,11 @@ def known_accuracy(opened: Opened, weights: str | None) -> dict[str, Any] | None
     """Return the accuracy that the run noted for this very state in ``metrics.jsonl``, None if it noted none."""
     if "accuracy" in opened.metadata:  # of a file that was exported before
         return opened.metadata["accuracy"]
-    progress = opened.metadata.get("progress") or {}
-    if progress.get("samples_seen") != 0 or weights == "model":
+    state, metrics = opened.metadata.get("progress") or {}, opened.path.resolve().parent / "metrics.jsonl"
+    if state.get("samples_seen") != 0 or weights == "model" or not metrics.exists():
         return None
-    for row in read_metrics(opened.path.resolve().parent / "metrics.jsonl"):
-        if row["epoch"] == progress["epoch"] and row.get("val_samples"):
+    for row in metrics_rows(metrics):
+        if row["epoch"] == state["epoch"] and row.get("val_samples"):
             return {"acc1": row["val_acc1"], "acc5": row["val_acc5"], "num_samples": row["val_samples"]}
     return None
 
@@ -236,52 +234,41 @@ def measured_accuracy(opened: Opened) -> dict[str, Any]:
         for index, label in enumerate(loader.dataset.targets.tolist()):
             name = "/".join(Path(loader.dataset.sample_name(index)).parts[-2:])  # class and file, wherever the set is
             digest.update(f"{name}\0{label}\n".encode(errors="replace"))
-        with tqdm(total=len(loader.dataset), desc="evaluating", unit="img", disable=None, leave=False) as bar:
+        with progress(total=len(loader.dataset), desc="evaluating") as bar:
             result = evaluate_opened(opened, loader, observe=lambda scores, *_: bar.update(len(scores)))
     return {**asdict(result), "split_sha256": digest.hexdigest()}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint of this project; a file of other origin needs --cfg")
+    parser = checkpoint_parser(__doc__)
     parser.add_argument("--format", required=True, choices=("safetensors", "hub", "published", *WRITERS))
-    parser.add_argument("--output", type=Path, help="file or folder to write (default: beside the checkpoint)")
-    parser.add_argument("--cfg", help="config file to use instead of the checkpoint's own configuration")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="set keys of docs/CONFIG.md")
-    parser.add_argument("--weights", choices=("model", "ema"), help="default: the averaged weights if there are any")
-    parser.add_argument("--evaluate", action="store_true", help="measure the accuracy that a safetensors file states")
-    parser.add_argument("--data-path", help="data set, for --evaluate")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="file or folder (default: beside the checkpoint)")
+    parser.add_argument("--evaluate", action="store_true", help="measure the accuracy that the files state")
+    parser.add_argument("--data-path", metavar="FOLDER", help="data set, for --evaluate")
     parser.add_argument("--push", metavar="OWNER/NAME", help="with --format hub: upload to this repository")
-    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def command(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.push and args.format != "hub":
         parser.error("--push needs --format hub")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    overrides = {"DATA.DATA_PATH": args.data_path} if args.data_path else {}
-    how = {"weights": args.weights, "device": args.device}
-    try:
-        opened = open_checkpoint(args.checkpoint, args.cfg, opts=args.opts, overrides=overrides, **how)
-        name = f"{opened.path.stem}{SUFFIX.get(args.format, f'_{args.format}')}"
-        target = args.output or opened.path.with_name(name)
-        accuracy = measured_accuracy(opened) if args.evaluate else known_accuracy(opened, args.weights)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        export(opened, args.format, target, accuracy=accuracy)
-        if args.push:
-            model, options = timm_form(opened)
-            push_to_hf_hub(
-                model, args.push, model_card=model_card(opened, accuracy), safe_serialization=True, **options
-            )
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
+    opened = open_from(args, **({"DATA__DATA_PATH": args.data_path} if args.data_path else {}))
+    name = f"{opened.path.stem}{SUFFIX.get(args.format, f'_{args.format}')}"
+    target = args.output or opened.path.with_name(name)
+    make_folder(target.parent if args.format in SUFFIX else target)
+    accuracy = measured_accuracy(opened) if args.evaluate else known_accuracy(opened, args.weights)
+    export(opened, args.format, target, accuracy=accuracy)
     print(f"written to {target}")
+    if args.push:
+        model, options = timm_form(opened)
+        push_to_hf_hub(model, args.push, model_card=model_card(opened, accuracy), safe_serialization=True, **options)
+        print(f"uploaded to {args.push}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(command))

@@ -20,6 +20,7 @@ from yacs.config import CfgNode
 
 from data import build_batch_transform, build_train_loader, check_transform
 from inference import checkpoint_config
+from tools.common import output_path, run_tool
 from utils.config import load_config
 from utils.runtime import atomic_file
 from utils.training import draw_batch
@@ -49,31 +50,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="CONFIG|CHECKPOINT", help="config file (.yaml), or a checkpoint of a run")
     parser.add_argument("--data-path", help="data set [DATA.DATA_PATH]")
-    parser.add_argument("--output", type=Path, default=Path("batch.png"), help="picture (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=output_path, default=Path("batch.png"), metavar="FILE", help="picture (default: %(default)s)"
+    )
     parser.add_argument("--epoch", type=int, default=1, metavar="N", help="from 1 (default: %(default)s)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="set keys of docs/CONFIG.md")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def command(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.epoch < 1:
         parser.error(f"--epoch is {args.epoch}; the first is 1")
     overrides = {"DATA.NUM_WORKERS": 0, **({"DATA.DATA_PATH": args.data_path} if args.data_path else {})}
-    try:
-        if args.source.endswith((".yaml", ".yml")):
-            config = load_config(args.source, args.opts, overrides)
-        else:
-            config = checkpoint_config(args.source, opts=args.opts, overrides=overrides)
-        picture = first_batch(config, args.epoch)
-        with atomic_file(args.output) as temporary:
-            picture.save(temporary, format="PNG")
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
+    if args.source.endswith((".yaml", ".yml")):
+        config = load_config(args.source, args.opts, overrides)
+    else:
+        config = checkpoint_config(args.source, opts=args.opts, overrides=overrides)
+    picture = first_batch(config, args.epoch)
+    with atomic_file(args.output) as temporary:
+        picture.save(temporary, format="PNG")
     print(f"written to {args.output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(command))

@@ -14,7 +14,7 @@ from utils.config.facts import (
 )
 from utils.config.keys import default_config, require_known_key
 from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
-from utils.config.recipe import config_notices, recipe_deviations, recipe_differences
+from utils.config.recipe import config_differences, config_notices, recipe_deviations, recipe_differences
 from utils.config.values import expand_path
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "DATASETS",
     "FOLDER_DATASETS",
     "SMALL",
+    "config_differences",
     "config_notices",
     "default_config",
     "dump_config",

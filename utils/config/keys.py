@@ -139,6 +139,8 @@ _ROWS = (
     Key("MODEL.NAME", "strip_mlp", "name of the config, part of the output folder", affects="nothing"),
     Key("MODEL.TIMM_NAME", "", "model name in timm, for MODEL.TYPE timm",
         idle_when=unless("MODEL.TYPE", "timm"), ours=True),
+    Key("MODEL.TIMM_KWARGS", "", "further arguments of the timm model, NAME=VALUE with spaces between, such as "
+        "'depth=12 embed_dim=192'", idle_when=unless("MODEL.TYPE", "timm"), ours=True),
     Key("MODEL.PRETRAINED", "", "checkpoint whose weights start the training",
         affects="result", flag="--pretrained FILE", is_path=True),
     Key("MODEL.RESUME", "", "checkpoint to continue from, or to evaluate",

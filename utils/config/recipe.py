@@ -46,6 +46,12 @@ def recipe_differences(reference: CfgNode, config: CfgNode) -> dict[str, tuple[A
     return differences
 
 
+def config_differences(reference: CfgNode, config: CfgNode) -> dict[str, tuple[Any, Any]]:
+    """Return all keys but paths in which two configurations differ, as ``{key: (in reference, in config)}``."""
+    theirs, ours = flatten(reference), flatten(config)
+    return {n: (theirs[n], ours[n]) for n, key in KEYS.items() if not key.is_path and theirs[n] != ours[n]}
+
+
 def recipe_deviations(config: CfgNode) -> dict[str, tuple[Any, Any]]:
     """Return the keys in which a run deviates from the published recipe, as ``{key: (published, here)}``.
 

@@ -10,7 +10,14 @@ from utils.training.optimizer import build_optimizer
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.pictures import draw_batch
 from utils.training.precision import Precision, build_precision
-from utils.training.records import epoch_row, log_updates, read_metrics, record_epoch, trim_metrics
+from utils.training.records import (
+    curves_figure,
+    epoch_row,
+    log_updates,
+    metrics_rows,
+    record_epoch,
+    trim_metrics,
+)
 from utils.training.state import Progress, TrainState
 from utils.training.watching import Watcher
 
@@ -24,6 +31,7 @@ __all__ = [
     "check_compiler",
     "compile_and_warm_up",
     "compile_model",
+    "curves_figure",
     "draw_batch",
     "epoch_row",
     "EvalResult",
@@ -31,11 +39,11 @@ __all__ = [
     "global_batch_size",
     "log_updates",
     "measure_throughput",
+    "metrics_rows",
     "NonFiniteGuard",
     "poison_nonfinite",
     "Precision",
     "Progress",
-    "read_metrics",
     "record_epoch",
     "RunningMeans",
     "scaled_learning_rates",

@@ -2,16 +2,20 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from utils.runtime import atomic_file, set_aside, side_file, write_text_atomic
 from utils.training.evaluation import EvalResult
 from utils.training.meters import RunningMeans, UpdateTimer, peak_memory_mib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -153,16 +157,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        *lines, last = path.read_text(encoding="utf-8").splitlines() or [""]
-        rows = [json.loads(line) for line in lines]
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(last))
-        if not all(_is_row(row) for row in rows):
-            raise ValueError("a line is not the figures of an epoch")
-    except (OSError, ValueError, RecursionError) as error:
+        return metrics_rows(path)
+    except (OSError, ValueError) as error:
         with side_file(path):
             set_aside(path, error)
         return []
+
+
+def metrics_rows(path: Path) -> list[dict[str, Any]]:
+    """Return what ``read_metrics`` returns, but leave the file alone whatever it holds.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or a line is not the figures of an epoch.
+    """
+    *lines, last = path.read_text(encoding="utf-8").splitlines() or [""]
+    try:
+        rows = [json.loads(line) for line in lines]
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(last))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not all(_is_row(row) for row in rows):
+        raise ValueError("a line is not the figures of an epoch")
     return rows
 
 
@@ -182,6 +198,18 @@ def trim_metrics(path: Path, epochs: int) -> None:
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw loss, accuracy and learning rate over the epochs of ``rows`` into a PNG."""
+    figure = curves_figure({"": rows})
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def curves_figure(runs: Mapping[str, list[dict[str, Any]]]) -> "Figure":
+    """Return a figure of loss, accuracy and learning rate over the epochs.
+
+    Args:
+        runs: rows of ``metrics.jsonl`` by the name of the run, each run in a colour of its own; a single run has the
+            name "", and each line a colour of its own.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -194,15 +222,19 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         ("learning rate", {"": "lr"}),
     )
     for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):
-        for label, key in lines.items():
-            points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label or None, marker="." if len(points) < 40 else None)
+        for number, (run, rows) in enumerate(runs.items()):
+            for style, (what, key) in zip(("-", "--"), lines.items(), strict=False):
+                points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+                own = {"color": f"C{number % 10}", "linestyle": style} if run else {}
+                label = ", ".join(filter(None, (run, what)))
+                if points:
+                    marker = "." if len(points) < 40 else None
+                    axes.plot(*zip(*points, strict=True), label=label or None, marker=marker, **own)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        if len(lines) > 1 and axes.lines:
-            axes.legend(frameon=False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        if (len(lines) > 1 or len(runs) > 1) and axes.lines:
+            for text in axes.legend(frameon=False, fontsize="small" if len(runs) > 1 else None).get_texts():
+                text.set_parse_math(False)
+    return figure

@@ -1,0 +1,121 @@
+"""What the tools share: flags that name a checkpoint, errors as one line, safe text, progress, figures."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
+
+from data import decode_image, expanded_path, read_image_file
+from inference import Opened, open_checkpoint
+from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError
+from utils.runtime import atomic_file
+
+QUIET_SECONDS = 20.0  # between two lines of progress where there is no terminal
+USER_ERRORS = (ValueError, OSError, CheckpointError, ImageReadError, NonFiniteError, RunError)
+
+
+def checkpoint_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with CHECKPOINT and the flags of ``open_from``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file to open, or https://...#sha256=...")
+    parser.add_argument("--cfg", metavar="FILE", help="config file instead of the configuration in the checkpoint")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="set any key")
+    parser.add_argument("--weights", choices=("model", "ema"), help="default: the moving average if the file has one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    return parser
+
+
+def open_from(args: argparse.Namespace, **overrides: Any) -> Opened:
+    """Open the checkpoint that the flags of ``checkpoint_parser`` name; ``SECTION__KEY=value`` override keys."""
+    keys = {name.replace("__", "."): value for name, value in overrides.items()}
+    return open_checkpoint(
+        args.checkpoint, args.cfg, opts=args.opts, overrides=keys, weights=args.weights, device=args.device
+    )
+
+
+def run_tool(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status; what the user can mend is one message and status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return command(argv)
+    except USER_ERRORS as error:
+        print(f"error: {printable(str(error), keep_lines=True)}", file=sys.stderr)
+        return 2
+
+
+def printable(text: str, *, keep_lines: bool = False) -> str:
+    """Return a text that a terminal shows as it is: control characters and the like are written as escapes."""
+    return "".join(sign if sign.isprintable() or (keep_lines and sign == "\n") else ascii(sign)[1:-1] for sign in text)
+
+
+def progress(items: Iterable | None = None, *, total: int | None = None, desc: str, unit: str = "img") -> tqdm:
+    """Return a progress bar on a terminal, and a line every ``QUIET_SECONDS`` elsewhere."""
+    return tqdm(items, total=total, desc=desc, unit=unit, mininterval=0.1 if sys.stderr.isatty() else QUIET_SECONDS)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of ``width`` x ``height`` inches that needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """Return a figure as the content of a PNG file."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` as a whole.
+
+    Raises:
+        OSError: the folder is missing or cannot be written; names ``path``.
+    """
+    try:
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+def make_folder(folder: Path) -> Path:
+    """Make an output folder and try to write to it, before any work is done; return it.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make {folder}: {error.strerror or error}; name another with --output") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"cannot write to {folder}; name another folder with --output")
+    return folder
+
+
+def output_path(text: str) -> Path:
+    """Return the path of a file to write, of a command line; its folder has to be there before the work starts."""
+    path = expanded_path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder of {path} does not exist; make it first")
+    return path
+
+
+def thumbnail(path: str, side: int) -> Image.Image:
+    """Return an image file at most ``side`` pixels wide and high, for display."""
+    image = decode_image(read_image_file(path), as_array=False)
+    image.thumbnail((side, side))
+    return image

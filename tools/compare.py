@@ -1,0 +1,185 @@
+"""Compare finished runs.
+
+    python tools/compare.py output/tiny/a output/tiny/b [more] --curves curves.png --csv disagreements.csv
+
+A run is its output folder. The differences of the configurations and the curves are shown. Where tools/report.py has
+written predictions.npz (in the folder, or in its folder ``report``), the accuracy follows with its interval and,
+against the first run on the same images, the difference with a paired bootstrap interval, McNemar's exact test,
+and where the two disagree. Predictions of different image lists are refused.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
+
+import numpy as np
+from yacs.config import CfgNode
+
+from data import expanded_path
+from tools.common import output_path, png_bytes, printable, run_tool, write_bytes
+from tools.predictions import Predictions, paired_test, read_predictions, wilson_interval
+from utils.config import config_differences, parse_config
+from utils.training import curves_figure, metrics_rows
+
+SHOWN = 10  # images on which two runs disagree
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run has left behind: ``predictions`` is None where no report was made."""
+
+    name: str
+    config: CfgNode
+    rows: list[dict[str, Any]]
+    predictions: Predictions | None
+
+
+def read_run(folder: Path, name: str) -> FinishedRun:
+    """Read the output folder of a run; nothing in it is changed.
+
+    Raises:
+        ValueError, OSError: there is no run, or a file cannot be read.
+    """
+    if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"{folder} is not the output folder of a run: it has no config.yaml or no metrics.jsonl")
+    stored = [path for path in (folder / "predictions.npz", folder / "report" / "predictions.npz") if path.is_file()]
+    try:
+        rows = metrics_rows(folder / "metrics.jsonl")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'metrics.jsonl'} cannot be read: {error}") from error
+    return FinishedRun(
+        printable(name),
+        parse_config((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml")),
+        rows,
+        read_predictions(stored[0]) if stored else None,
+    )
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths by which they differ."""
+    parts = [folder.resolve().parts for folder in folders]
+    length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), None)
+    if length is None:
+        raise ValueError("the same run is named twice")
+    return ["/".join(p[-length:]) for p in parts]
+
+
+def require_same_images(first: FinishedRun, other: FinishedRun) -> None:
+    """Raise a ValueError that names the first difference unless two runs predict the same labelled images."""
+    a, b = first.predictions, other.predictions
+    if not np.array_equal(a.classes, b.classes):
+        raise ValueError(
+            f"{first.name} and {other.name} were not evaluated on the same classes; make both reports anew"
+        )
+    pairs = zip(a.paths, a.labels, b.paths, b.labels, strict=False)
+    different = next((printable(f"{p} / {q}") for p, i, q, j in pairs if (p, i) != (q, j)), None)
+    if different or len(a.paths) != len(b.paths):
+        why = f"first difference: {different}" if different else f"{len(a.paths)} and {len(b.paths)} images"
+        raise ValueError(
+            f"{first.name} and {other.name} were not evaluated on the same images ({why}); make both reports with the "
+            "same --data-path"
+        )
+
+
+def print_configs(runs: Sequence[FinishedRun]) -> None:
+    """Print the keys in which the runs differ, places left out."""
+    found: dict[str, list[Any]] = {}
+    for run in runs[1:]:
+        for key in config_differences(runs[0].config, run.config):
+            found.setdefault(key, [])
+    print(f"configuration ({' | '.join(run.name for run in runs)}):{'' if found else ' no differences'}")
+    for key in found:
+        values = [run.config for run in runs]
+        for part in key.split("."):
+            values = [value[part] for value in values]
+        print(f"  {key}: {' | '.join(printable(str(value)) for value in values)}")
+
+
+def print_accuracies(runs: Sequence[FinishedRun]) -> None:
+    """Print last and best accuracy of the training, and the accuracy of the report with its interval."""
+    print("\naccuracy (top-1, %): last epoch, best epoch (chosen on the set that it is reported on), report")
+    width = max(len(run.name) for run in runs)
+    for run in runs:
+        accuracies = [row["val_acc1"] for row in run.rows if row.get("val_acc1") is not None]
+        trained = f"{accuracies[-1]:6.2f} {max(accuracies):6.2f}" if accuracies else f"{'-':>6} {'-':>6}"
+        report = "   no predictions: tools/report.py makes them"
+        if run.predictions is not None:
+            hits, count = int(run.predictions.correct.sum()), len(run.predictions.labels)
+            low, high = wilson_interval(hits, count)
+            report = f"{100 * hits / count:6.2f} ({100 * low:.2f} - {100 * high:.2f}) of {count}"
+        print(f"  {run.name:<{width}} {trained} {report}")
+
+
+def print_paired(first: FinishedRun, other: FinishedRun) -> None:
+    """Print the paired comparison of two runs, and the images that one has right with the highest confidence."""
+    a, b = first.predictions, other.predictions
+    test = paired_test(a.correct, b.correct)
+    low, high = (100 * end for end in test.interval)
+    print(f"\n{other.name} against {first.name}, on the same {len(a.labels)} images:")
+    print(f"  difference {100 * test.difference:+.2f} points (95 % paired bootstrap {low:+.2f} to {high:+.2f})")
+    print(
+        f"  right only in {other.name} {test.only_second}, only in {first.name} {test.only_first}; "
+        f"McNemar p = {test.p_value:.3g}"
+    )
+    print(f"  another best class for {int((a.top[:, 0] != b.top[:, 0]).sum())} images; the clearest:")
+    gap = b.label_probability - a.label_probability
+    differing = np.flatnonzero(a.correct != b.correct)
+    for i in differing[np.argsort(-np.abs(gap[differing]), kind="stable")][:SHOWN]:
+        one, two = a.classes[a.top[i, 0]], b.classes[b.top[i, 0]]
+        print(printable(f"    {a.paths[i]}: {a.classes[a.labels[i]]}; {first.name}: {one}, {other.name}: {two}"))
+
+
+def disagreements_csv(runs: Sequence[FinishedRun]) -> bytes:
+    """Return CSV of the images for which not all runs have the same best class."""
+    first = runs[0].predictions
+    text = StringIO()
+    writer = csv.writer(text)
+    writer.writerow(("path", "label", *(run.name for run in runs)))
+    best = np.stack([run.predictions.top[:, 0] for run in runs], axis=1)
+    for i in np.flatnonzero((best != best[:, :1]).any(axis=1)):
+        writer.writerow((first.paths[i], first.classes[first.labels[i]], *first.classes[best[i]]))
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    args = build_parser().parse_args(argv)
+    if len(args.runs) < 2:
+        raise ValueError("name at least two runs")
+    runs = [read_run(*pair) for pair in zip(args.runs, short_names(args.runs), strict=True)]
+    predicted = [run for run in runs if run.predictions is not None]
+    for run in predicted[1:]:
+        require_same_images(predicted[0], run)
+    if args.csv and len(predicted) < 2:
+        raise ValueError("--csv needs the predictions of at least two runs: tools/report.py makes them")
+    print_configs(runs)
+    print_accuracies(runs)
+    for run in predicted[1:]:
+        print_paired(predicted[0], run)
+    write_bytes(args.curves, png_bytes(curves_figure({run.name: run.rows for run in runs})))
+    print(f"\ncurves: {args.curves}")
+    if args.csv:
+        write_bytes(args.csv, disagreements_csv(predicted))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", type=expanded_path, metavar="RUN", help="output folder of a run")
+    parser.add_argument("--curves", type=output_path, default="compare.png", metavar="FILE", help="PNG (compare.png)")
+    parser.add_argument("--csv", type=output_path, metavar="FILE", help="images on which the runs disagree")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(command))
