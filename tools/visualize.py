@@ -45,9 +45,18 @@ BATCH = 8  # images
 
 
 def stages_of(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """Return the modules whose outputs are the stages' maps, each with its channels, from timm's ``feature_info``."""
-    info = model.feature_info
-    return [(model.get_submodule(entry["module"]), entry["num_chs"]) for entry in getattr(info, "info", info)]
+    """Return the modules whose outputs are the maps of the last four stages, each with its channels.
+
+    Raises:
+        RunError: the network does not name them, as timm's do in ``feature_info``.
+    """
+    info = getattr(model, "feature_info", None)
+    if not info:
+        raise RunError(
+            f"{type(model).__name__} does not say what its stages are (feature_info); choose another network"
+        )
+    entries = getattr(info, "info", info)[-4:]
+    return [(model.get_submodule(entry["module"]), entry["num_chs"]) for entry in entries]
 
 
 def receptive_fields(model: nn.Module, batches: Iterator[Tensor]) -> list[Tensor]:
@@ -61,7 +70,6 @@ def receptive_fields(model: nn.Module, batches: Iterator[Tensor]) -> list[Tensor
         batches: normalised images (B, 3, H, W).
     """
     stages, maps, sums, count = stages_of(model), {}, [], 0
-    model.requires_grad_(False)
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, number=number: maps.update({number: output}))
         for number, (module, _) in enumerate(stages)
@@ -188,7 +196,7 @@ def draw_cams(opened: Opened, paths: Sequence[str]) -> Figure:
     places = iter(axes.flat)
     with GradCAM(opened.model, [layer], reshape_transform=lambda output: as_map(output, channels)) as cam:
         for images in prepared_images(opened, paths):
-            masks = cam(input_tensor=images)  # for the class with the largest score
+            masks = cam(input_tensor=images, targets=None)  # for the class with the largest score
             best = opened.model(images).softmax(dim=1).max(dim=1)
             for image, mask, share, label in zip(images.cpu(), masks, *(part.tolist() for part in best), strict=True):
                 pixels = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
