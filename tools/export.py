@@ -189,10 +189,11 @@ def write_compiled(program: torch.export.ExportedProgram, path: Path) -> Callabl
     package = path.with_name(path.name + ".pt2")  # the suffix that the compiler wants
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+        run = torch._inductor.aoti_load_package(str(package))
         package.replace(path)
     finally:
         package.unlink(missing_ok=True)
-    return torch._inductor.aoti_load_package(str(path))
+    return run
 
 
 WRITERS = {"onnx": write_onnx, "torch-export": write_program, "aoti": write_compiled}

@@ -123,9 +123,9 @@ def draw_fields(fields: dict[str, list[Tensor]]) -> Figure:
     for row, (name, stages) in enumerate(fields.items()):
         for stage, field in enumerate(stages):
             scaled = (field / field.max().clamp(min=1e-30)).clamp(min=1e-4)
-            axes[row][stage].imshow(scaled, norm=LogNorm(1e-4, 1), cmap="inferno")
+            axes[row][stage].imshow(scaled.numpy(), norm=LogNorm(1e-4, 1), cmap="inferno")
             ratio = area_ratio(field, 0.99)
-            axes[row][stage].set_title(f"{name}\nstage {stage + 1}, 99 % in {ratio:.0%} of the area", fontsize=8)
+            axes[row][stage].set_title(f"{name[:34]}\nstage {stage + 1}, 99 % in {ratio:.0%} of the area", fontsize=8)
     return figure
 
 
@@ -148,7 +148,7 @@ def draw_strips(model: StripMLPNet) -> Figure:
             maps = weight.unflatten(0, (layer.mix.groups, -1)).abs().mean(dim=0)  # -> (G, W', W, 3) -> (W', W, 3)
             for place in range(maps.shape[2]):
                 ax = axes[row][3 * part + place]
-                ax.imshow(maps[:, :, place], cmap="viridis", vmin=0, vmax=maps.max())
+                ax.imshow(maps[:, :, place].numpy(), cmap="viridis", vmin=0, vmax=maps.max().item())
                 line = ("row", "column")[part]
                 ax.set_title(
                     f"stage {row + 1}, {(f'{line} before', f'own {line}', f'{line} after')[place]}", fontsize=8
@@ -163,8 +163,8 @@ def draw_positions(model: StripMLPNet) -> Figure:
         cgsmm = stage[-1].strip_mixing.cgsmm
         for part, position in enumerate((cgsmm.row_position, cgsmm.column_position)):
             table = position.table.detach().cpu()
-            limit = table.abs().max()
-            axes[row][part].imshow(table, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+            limit = table.abs().max().item()
+            axes[row][part].imshow(table.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
             axes[row][part].set_title(f"stage {row + 1}, {('rows', 'columns')[part]}: offset x channel", fontsize=8)
     return figure
 
