@@ -133,7 +133,7 @@ def print_paired(first: FinishedRun, other: FinishedRun) -> None:
     differing = np.flatnonzero(a.correct != b.correct)
     for i in differing[np.argsort(-np.abs(gap[differing]), kind="stable")][:SHOWN]:
         one, two = a.classes[a.top[i, 0]], b.classes[b.top[i, 0]]
-        print(printable(f"    {a.paths[i]}: {a.classes[a.labels[i]]}; {first.name}: {one}, {other.name}: {two}"))
+        print(printable(f"    {a.paths[i]}: label {a.classes[a.labels[i]]}; {first.name}: {one}, {other.name}: {two}"))
 
 
 def disagreements_csv(runs: Sequence[FinishedRun]) -> bytes:
