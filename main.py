@@ -51,6 +51,7 @@ from utils.training import (
     RunningMeans,
     TrainState,
     UpdateTimer,
+    Watcher,
     averaged_batchnorm,
     build_criterion,
     build_optimizer,
@@ -105,6 +106,7 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
             held_out.write(run.output_dir)
         trim_metrics(run.output_dir / "metrics.jsonl", progress.epoch)
     session.check_free_space(state)
+    session.watcher.start(progress.global_step, session.metadata["config"])
     session.stop.begin_training()
     while progress.epoch < config.TRAIN.EPOCHS:
         with located_errors(session, state):
@@ -148,6 +150,7 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
         teacher=teacher,
         store=CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP),
         stop=stop,
+        watcher=Watcher(config.LOGGER, run.output_dir, is_main=run.is_main),
         metadata=metadata if teacher is None else {**metadata, "teacher": teacher.digest},
     )
 
@@ -339,7 +342,9 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
             "bad_images": bad_images,
             "best_acc1": progress.best_acc1,
         }
-        record_epoch(session.run.output_dir, row, result)
+        row = record_epoch(session.run.output_dir, row, result)
+        session.watcher.figures("epoch", row, progress.global_step)
+        session.watcher.histogram(progress.global_step)
     milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS else ()
     session.save(state, (*((BEST,) if is_best else ()), *milestone))
     return True
@@ -357,6 +362,7 @@ def validate(state: TrainState, session: Session) -> EvalResult | None:
             autocast=session.precision.autocast,
             batch_transform=session.val_transform,
             should_stop=session.stop.poll,
+            observe=session.watcher.observe,
         )
 
 

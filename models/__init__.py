@@ -1,6 +1,6 @@
 """Strip-MLP as PyTorch modules; knows nothing of data or training."""
 
-from .build import build_model
+from .build import build_model, timm_kwargs
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model
 from .features import DenseBackbone, with_pyramid
@@ -20,6 +20,7 @@ __all__ = [
     "frozen_parts",
     "gpu_path",
     "inference_form",
+    "timm_kwargs",
     "to_published",
     "with_pyramid",
 ]

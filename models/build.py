@@ -94,11 +94,11 @@ def _build_timm(config: "CfgNode", num_classes: int) -> nn.Module:
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options["img_size"] = config.DATA.IMG_SIZE
-    options |= _timm_kwargs(config.MODEL.TIMM_KWARGS)
+    options |= timm_kwargs(config.MODEL.TIMM_KWARGS)
     return _create_with_accepted(name, options, _drop_rates(config))
 
 
-def _timm_kwargs(text: str) -> dict[str, Any]:
+def timm_kwargs(text: str) -> dict[str, Any]:
     """Return the arguments of MODEL.TIMM_KWARGS; values are read as literals, else as text, as timm's programs do."""
     found: dict[str, Any] = {}
     for word in text.split():

@@ -29,7 +29,16 @@ from utils.checkpoint import (
 )
 from utils.errors import NonFiniteError, RunError, one_line
 from utils.runtime import Run, StopRequest, free_bytes, gather_objects
-from utils.training import Precision, Progress, Teacher, TrainState, UpdateTimer, global_batch_size, log_updates
+from utils.training import (
+    Precision,
+    Progress,
+    Teacher,
+    TrainState,
+    UpdateTimer,
+    Watcher,
+    global_batch_size,
+    log_updates,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +97,15 @@ class Session(Objective):
     store: CheckpointStore
     stop: StopRequest
     metadata: dict[str, Any]
+    watcher: Watcher
     log_clock: LogClock = field(default_factory=LogClock)
 
     def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Stop the data workers."""
+        """Stop the data workers and close the logger."""
+        self.watcher.close()
         self.loader.close()
         self.val_loader.close()
 
@@ -132,7 +143,19 @@ class Session(Objective):
         if done:
             state.scheduler.step_update(done - 1)
 
-    # what follows an update
+    # what goes before and follows an update
+
+    def draw_first_batch(self, group: list[Batch], progress: Progress) -> None:
+        """Draw the first batch of this process's run as the network is about to see it.
+
+        The transform depends on the samples and the position alone: what is drawn is what training computes again.
+        """
+        if self.watcher.picture_due:
+            images, targets, indices = group[0]
+            update = progress.global_step * self.accumulation
+            images, targets = self.transform(images.clone(), targets, indices, epoch=progress.epoch, update=update)
+            smoothing, classes = self.config.MODEL.LABEL_SMOOTHING, self.loader.dataset.classes
+            self.watcher.batch(images, targets, classes, smoothing=smoothing, step=progress.global_step)
 
     def after_update(self, state: TrainState, timer: UpdateTimer, *, lr: float) -> bool:
         """Check, log and save where that is due. Collective.
@@ -149,7 +172,7 @@ class Session(Objective):
         if self.check_due(done):
             self.check_finite(state)
         if self.log_due(done):
-            log_updates(
+            figures = log_updates(
                 self.position_text(state.progress),
                 state.means,
                 timer,
@@ -157,6 +180,7 @@ class Session(Objective):
                 left=self.updates_left(state.progress),
                 device=self.run.device,
             )
+            self.watcher.figures("train", figures, state.progress.global_step)
             self.log_clock.restart()
         if self.stop.poll():
             return True
@@ -293,7 +317,7 @@ def update_groups(session: Session, state: TrainState) -> Iterator[list[Batch]]:
     epoch = state.progress.epoch
     done = session.updates_done(state.progress) - epoch * session.updates_per_epoch
     with logging_redirect_tqdm() if watched else nullcontext():
-        yield from tqdm(
+        for group in tqdm(
             groups,
             desc=f"epoch {epoch + 1}",
             initial=done,
@@ -301,4 +325,6 @@ def update_groups(session: Session, state: TrainState) -> Iterator[list[Batch]]:
             unit="update",
             leave=False,
             disable=not watched,
-        )
+        ):
+            session.draw_first_batch(group, state.progress)
+            yield group

@@ -1,8 +1,8 @@
 """What survives a crash: the training state in files, and weights from elsewhere."""
 
-from utils.checkpoint.capture import capture, read_training_state, restore
+from utils.checkpoint.capture import FORMAT_VERSION, capture, read_training_state, restore
 from utils.checkpoint.dump import write_dump
-from utils.checkpoint.files import resolve_source, sha256
+from utils.checkpoint.files import METADATA_KEY, resolve_source, sha256
 from utils.checkpoint.resume import (
     check_classes,
     check_continuation,
@@ -30,9 +30,11 @@ __all__ = [
     "class_columns",
     "class_names",
     "CheckpointStore",
+    "FORMAT_VERSION",
     "LAST",
     "load_teacher",
     "load_weights",
+    "METADATA_KEY",
     "preprocessing",
     "read_training_state",
     "resolve_source",

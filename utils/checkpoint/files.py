@@ -10,6 +10,7 @@ used. It detects damage; it is no signature.
 
 import collections
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _LEGACY_MAGIC = b"\x80\x02"  # pickle protocol 2: PyTorch's format before 1.6
 # The published checkpoints hold their config as a pickled yacs node. Naming OrderedDict under the node's name reads
 # it as a mapping, without importing yacs.
 _ALLOWED_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
+METADATA_KEY = "strip_mlp"  # of a safetensors file: JSON of the plain entries that a checkpoint has
 _DIGEST = "digest"
 _DIGEST_KIND = "sha256-of-crc32:"
 _MAX_DEPTH, _MAX_VALUES = 64, 3_000_000  # of a checkpoint; lists within themselves have no end
@@ -91,7 +93,7 @@ def load_checkpoint(path: str | Path, *, map_location: str = "cpu", strict: bool
     """Open a file of unknown origin, after checking it whole, without running anything from it.
 
     Accepts PyTorch's zip and legacy formats and safetensors (recognised by content, whatever the name). A safetensors
-    file comes back as ``{"model": tensors, "metadata": ...}``.
+    file comes back as ``{"model": tensors, "metadata": ...}``, with the plain entries of ``METADATA_KEY`` beside them.
 
     Args:
         path: the file.
@@ -301,7 +303,14 @@ def _load_safetensors(path: Path, map_location: str) -> dict[str, Any]:
             metadata = dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    return {"model": tensors, "metadata": metadata}
+    about = metadata.pop(METADATA_KEY, "{}")
+    try:
+        own = json.loads(about)
+        if not isinstance(own, dict):
+            raise ValueError("it is not a mapping")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: what it says about itself cannot be read: {error}") from error
+    return {**own, "model": tensors, "metadata": metadata}
 
 
 def _root_reason(error: BaseException) -> str:

@@ -316,6 +316,8 @@ _ROWS = (
     Key("SAVE_FREQ", 20, "epochs between two checkpoints that are kept for good (ckpt_epoch_N.pth)",
         "[1, inf)", affects="nothing"),
     Key("PRINT_FREQ", 100, "updates between two log lines", "[1, inf)", affects="nothing"),
+    Key("LOGGER", "none", "also write figures, the first batch and a histogram of the probabilities for TensorBoard "
+        "(to RUN/tensorboard) or Weights & Biases", "none|tensorboard|wandb", affects="nothing", ours=True),
     Key("SEED", 0, "seed of the initial weights, of the order of the data and of the augmentation",
         "[0, 2147483648)", flag="--seed N"),
     Key("EVAL_MODE", False, "evaluate the checkpoint given with --resume, then stop", affects="nothing", flag="--eval"),

@@ -9,9 +9,18 @@ from utils.training.lr_scheduler import build_scheduler, global_batch_size, scal
 from utils.training.meters import RunningMeans, UpdateTimer
 from utils.training.optimizer import build_optimizer, is_fused, kept_state
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
+from utils.training.pictures import draw_batch
 from utils.training.precision import Precision, build_precision
-from utils.training.records import curves_figure, epoch_row, log_updates, metrics_rows, record_epoch, trim_metrics
+from utils.training.records import (
+    curves_figure,
+    epoch_row,
+    log_updates,
+    metrics_rows,
+    record_epoch,
+    trim_metrics,
+)
 from utils.training.state import Progress, TrainState
+from utils.training.watching import Watcher
 
 __all__ = [
     "averaged_batchnorm",
@@ -25,6 +34,7 @@ __all__ = [
     "compile_and_warm_up",
     "compile_model",
     "curves_figure",
+    "draw_batch",
     "epoch_row",
     "EvalResult",
     "evaluate",
@@ -45,5 +55,6 @@ __all__ = [
     "TrainState",
     "trim_metrics",
     "UpdateTimer",
+    "Watcher",
     "wrap_for_training",
 ]

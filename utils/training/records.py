@@ -26,8 +26,8 @@ _FIGURES = ("epoch", "train_loss", "val_loss", "val_acc1", "val_acc5", "lr")  # 
 
 def log_updates(
     position: str, means: RunningMeans, timer: UpdateTimer, *, lr: float, left: int, device: torch.device
-) -> None:
-    """Log one line about the updates since the last such line.
+) -> dict[str, float]:
+    """Log one line about the updates since the last such line; return its figures.
 
     Args:
         position: place in the run.
@@ -37,7 +37,7 @@ def log_updates(
         device: whose memory is logged.
     """
     loss, grad_norm = means.lap()  # waits for the device, so that the times below are true
-    pace = timer.lap()
+    pace, memory = timer.lap(), peak_memory_mib(device)
     remaining = timedelta(seconds=round(left * pace.seconds / max(pace.updates, 1)))
     logger.info(
         "%s loss %.4f lr %.3e grad_norm %.3f %.1f images/s data_wait %.0f %% memory %.0f MiB eta %s",
@@ -47,9 +47,17 @@ def log_updates(
         grad_norm,
         pace.images_per_second,
         100 * pace.wait_share,
-        peak_memory_mib(device),
+        memory,
         remaining,
     )
+    return {
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "images_per_second": pace.images_per_second,
+        "data_wait": pace.wait_share,
+        "memory_mib": memory,
+    }
 
 
 def epoch_row(means: RunningMeans, timer: UpdateTimer, *, device: torch.device) -> dict[str, float]:
@@ -89,8 +97,10 @@ def warn_of_data_wait(share: float, seconds: float) -> None:
     )
 
 
-def record_epoch(directory: Path, row: dict[str, Any], result: EvalResult | None) -> None:
-    """Append an epoch to ``metrics.jsonl``, redraw ``curves.png``, and log it. Trouble with these files only warns.
+def record_epoch(directory: Path, row: dict[str, Any], result: EvalResult | None) -> dict[str, Any]:
+    """Append an epoch to ``metrics.jsonl``, redraw ``curves.png``, log it, and return what was appended.
+
+    Trouble with these files only warns.
 
     Args:
         directory: output folder.
@@ -124,6 +134,7 @@ def record_epoch(directory: Path, row: dict[str, Any], result: EvalResult | None
         append_metrics(metrics, row)
     with side_file(curves):
         plot_curves([*rows, row], curves)
+    return row
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:

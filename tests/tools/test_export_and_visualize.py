@@ -1,0 +1,71 @@
+"""A model leaves as files that others read, and can be looked at."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from inference import open_checkpoint
+from models import from_published
+from tests.builders import tiny_network
+from tests.tiny_run import TinyRun
+from tools import export, visualize
+from utils.checkpoint import load_weights
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    run = TinyRun(tmp_path_factory.mktemp("run"))
+    run.folder = run.train("--opts", "TRAIN.EPOCHS", "1")
+    return run
+
+
+def test_a_folder_is_read_by_us_and_by_timm(run: TinyRun, tmp_path: Path) -> None:
+    checkpoint, folder = run.folder / "checkpoint_last.pth", tmp_path / "folder"
+    assert export.command([str(checkpoint), "--format", "hub", "--output", str(folder)]) == 0
+    before, after = open_checkpoint(checkpoint), open_checkpoint(folder / "model.safetensors")
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(before.model(images), after.model(images))
+    assert torch.equal(before.model(images), theirs(images))
+    assert after.classes == before.classes
+    assert after.preprocessing == before.preprocessing
+    assert after.metadata["accuracy"]["num_samples"] == 9
+    assert (folder / "README.md").is_file()
+
+
+def test_published_names_are_read_back(run: TinyRun, tmp_path: Path) -> None:
+    checkpoint, file = run.folder / "checkpoint_last.pth", tmp_path / "published.pth"
+    assert export.command([str(checkpoint), "--format", "published", "--output", str(file)]) == 0
+    model = tiny_network()
+    load_weights(model, str(file), remap=from_published)
+    assert torch.equal(model.head.weight, open_checkpoint(checkpoint).model.head.weight)
+
+
+def test_a_graph_that_computes_something_else_is_refused() -> None:
+    model = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match="differs from PyTorch at batch 1"):
+        export.check(model, lambda images: images + 1, torch.zeros(2, 3))
+
+
+def test_the_area_ratio_is_that_of_the_smallest_square() -> None:
+    field = torch.zeros(5, 5)
+    field[2, 2] = 9.0
+    assert visualize.area_ratio(field, 0.99) == 1 / 25
+    assert visualize.area_ratio(torch.ones(5, 5), 0.3) == 9 / 25
+
+
+def test_the_receptive_field_of_a_convolution_is_its_window() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3, padding=1, bias=False))
+    torch.nn.init.ones_(model[0].weight)
+    model.feature_info = [{"module": "0", "num_chs": 2}]
+    (field,) = visualize.receptive_fields(model, iter([torch.ones(2, 3, 9, 9)]))
+    assert field.nonzero().amin(0).tolist() == [3, 3]
+    assert field.nonzero().amax(0).tolist() == [5, 5]
+
+
+def test_figures_are_written(run: TinyRun, tmp_path: Path) -> None:
+    words = [str(run.folder / "checkpoint_last.pth"), "--images", str(run.data), "--count", "2"]
+    assert visualize.command([*words, "--show", "erf", "strips", "--output", str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["erf.png", "position_tables.png", "strip_weights.png"]
