@@ -114,7 +114,9 @@ def corruption_row(config: CfgNode, process: Run, weights: str | None) -> dict[s
         for severity in SEVERITIES:
             with closing(build_val_loader(plain, device=process.device, part=str(severity))) as loader:
                 classes = loader.dataset.classes
-                opened = opened or load_model(config, process.device, weights=weights, num_classes=len(classes))
+                if opened is None:
+                    opened = load_model(config, process.device, weights=weights, num_classes=len(classes))
+                    opened = replace(opened, model=inference_form(opened.model))  # once for all
                 result = evaluate_opened(replace(opened, config=plain), loader, rank=process.rank)
             error = 100.0 - result.acc1
             logger.info("%s, severity %d: error %.2f %% on %d samples", name, severity, error, result.num_samples)
