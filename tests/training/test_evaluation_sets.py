@@ -3,9 +3,12 @@
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +16,8 @@ from torch import nn
 from inference import load_predictor
 from main_eval import main
 from tests.tiny_run import TinyRun
+from tools.common import run_tool
+from tools.corrupt import command
 from utils.checkpoint.files import load_checkpoint
 from utils.training import ALEXNET_ERRORS, class_scores, corruption_summary, corruption_table
 
@@ -144,7 +149,7 @@ def test_corruption_folders(tiny, checkpoint, tmp_path, caplog):
     fog = tmp_path / "fog" / "3"
     fog.unlink()
     shutil.copytree(tiny.data / "val" / "dog", fog / "dog")  # one class of the three: the only score
-    words = opts(TEST__CORRUPTIONS=tmp_path)
+    words = opts(TEST__CORRUPTIONS=tmp_path, TEST__BATCH_SIZE=16)
     with caplog.at_level(logging.INFO):
         row = tiny.evaluate(checkpoint, *words)
     clean = 100 - tiny.evaluate(checkpoint)["acc1"]
@@ -157,6 +162,35 @@ def test_corruption_folders(tiny, checkpoint, tmp_path, caplog):
     shutil.rmtree(fog)
     message = "lacks 1 of the 75 folders CORRUPTION/SEVERITY: fog/3"
     assert message in fails(tiny, caplog, "--resume", checkpoint, *words)
+
+
+def test_corruptions_are_written_once_and_alike(tiny, checkpoint, tmp_path, monkeypatch, capsys):
+    def corrupt(image, severity, corruption_name, **seed):
+        assert (image.shape, image.dtype) == ((64, 64, 3), np.uint8)
+        assert bool(seed) == (corruption_name == "glass_blur")
+        return np.full(image.shape, np.random.uniform(0, 255))  # float, as some corruptions return it
+
+    arguments = [str(checkpoint), "--data-path", str(tiny.data), "--output", str(tmp_path / "c")]
+    arguments += ["--opts", "DATA.IMG_SIZE=64", "DATA.DATASET=folder"]
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    assert run_tool(command, arguments) == 2
+    assert "pip install imagecorruptions-imaug" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "imagecorruptions", SimpleNamespace(corrupt=corrupt))
+    monkeypatch.setattr("tools.corrupt.usable_cores", lambda: 0)
+    data = tmp_path / "data"
+    shutil.copytree(tiny.data / "val" / "dog", data / "val" / "dog")
+    for path in sorted((data / "val" / "dog").iterdir())[1:]:
+        path.unlink()
+    arguments[2] = str(data)
+    assert command(arguments) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.jpg")}
+    assert len(files) == 75
+    assert len(set(files.values())) > 50
+    again = tmp_path / "c" / "snow" / "2" / "dog" / "00000000.jpg"
+    again.unlink()
+    assert command(arguments) == 0
+    assert "1 new files" in capsys.readouterr().out
+    assert again.read_bytes() == files[again]
 
 
 def test_corruption_errors_relative_to_alexnet():

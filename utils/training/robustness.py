@@ -66,11 +66,11 @@ def corruption_table(summary: Mapping[str, Any]) -> str:
     """Return a summary of ``corruption_summary`` as a table of text."""
 
     def line(name: str, cells: list[Any], error: float, ce: float | None) -> str:
-        numbers = [f"{cell:>6}" if isinstance(cell, (str, int)) else f"{cell:6.2f}" for cell in cells]
+        numbers = [f"{cell:>7}" if isinstance(cell, (str, int)) else f"{cell:7.2f}" for cell in cells]
         return f"{name:<18}{''.join(numbers)}{error:>8.2f}{'' if ce is None else f'{ce:>8.2f}'}"
 
     rows = [line(name, row["errors"], row["error"], row["ce"]) for name, row in summary["corruptions"].items()]
-    head = f"{'error in %':<18}{''.join(f'{severity:>6}' for severity in SEVERITIES)}{'mean':>8}"
+    head = f"{'error in %':<18}{''.join(f'{severity:>7}' for severity in SEVERITIES)}{'mean':>8}"
     normalised = summary["mce"] is not None
     last = line("mean", [""] * len(SEVERITIES), summary["mean_error"], summary["mce"])
     return "\n".join([head + ("      CE" if normalised else ""), *rows, last])
