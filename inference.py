@@ -39,6 +39,7 @@ from utils.checkpoint import (
     class_columns,
     class_names,
     load_weights,
+    named_classes,
     preprocessing,
     resolve_source,
     stored_classes,
@@ -49,7 +50,7 @@ from utils.checkpoint import (
 from utils.config import input_shape, load_config, load_stored_config
 from utils.errors import ImageReadError
 from utils.runtime import select_device, usable_cores
-from utils.training import EvalResult, build_precision, evaluate
+from utils.training import EvalResult, build_precision, class_scores, evaluate
 
 BATCH_SIZE = 64  # images that a predictor decodes and scores at once
 Picture = str | os.PathLike | Image.Image | Tensor
@@ -62,7 +63,8 @@ class Opened:
     Attributes:
         model: in evaluation mode, on ``device``, in the trainable form (``models.inference_form`` makes it faster).
         config: frozen configuration of the model and of the preprocessing.
-        classes: class names in the order of the scores; empty if the file has none.
+        classes: class names in the order of the scores, of TEST.CLASS_NAMES or else of the file; empty if neither has
+            them.
         preprocessing: what evaluation does to an image: ``img_size``, ``short_side``, ``crop``, ``interpolation``,
             ``mean``, ``std``.
         metadata: the file's other entries, such as ``progress`` and ``versions``.
@@ -150,7 +152,7 @@ def load_model(config: CfgNode, device: torch.device, *, weights: str | None = N
     return Opened(
         model=model.eval(),
         config=config,
-        classes=stored_classes(metadata, source),
+        classes=named_classes(config.TEST.CLASS_NAMES, model.num_classes) or stored_classes(metadata, source),
         preprocessing=preprocessing(config),
         metadata=metadata,
         path=resolve_source(source),
@@ -178,7 +180,8 @@ def evaluate_opened(
         CheckpointError: the checkpoint was trained on other classes.
     """
     config, source = opened.config, opened.config.MODEL.RESUME or opened.config.MODEL.PRETRAINED
-    columns = class_columns(loader.dataset.classes, opened.metadata, source, opened.model.num_classes)
+    named = {**opened.metadata, "classes": list(opened.classes)}
+    columns = class_columns(loader.dataset.classes, named, source, opened.model.num_classes)
     held_out = held_out_images(config, loader.dataset)
     check_held_out(held_out and held_out.digest, opened.metadata, source)
     check_data(config, None, loader.dataset, subset=columns is not None)
@@ -189,6 +192,7 @@ def evaluate_opened(
         batch_transform=build_batch_transform(config, is_train=False, device=opened.device, rank=rank),
         autocast=build_precision(config, opened.device).autocast,
         columns=columns,
+        flip=config.TEST.FLIP,
         observe=observe,
     )
 
@@ -298,9 +302,8 @@ class Predictor:
             if places:
                 batch = collate([(pictures[n].cpu() if kind else pictures[n], 0, 0) for n in places])
                 images, _ = self._batch_transform(*batch)
-                with self._autocast():
-                    scores = self._model(images)
-                best = scores.float().softmax(dim=1).topk(self.top_k, dim=1)
+                scores = class_scores(self._model, images, autocast=self._autocast, flip=self.opened.config.TEST.FLIP)
+                best = scores.softmax(dim=1).topk(self.top_k, dim=1)
                 for n, indices, probabilities in zip(places, best.indices.tolist(), best.values.tolist(), strict=True):
                     ready[n] = (tuple(self._names[i] for i in indices), tuple(indices), tuple(probabilities))
         yield from ready

@@ -362,6 +362,7 @@ def validate(state: TrainState, session: Session) -> EvalResult | None:
             autocast=session.precision.autocast,
             batch_transform=session.val_transform,
             should_stop=session.stop.poll,
+            flip=session.config.TEST.FLIP,
             observe=session.watcher.observe,
         )
 

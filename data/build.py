@@ -56,32 +56,36 @@ def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageL
     return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
-def build_val_loader(config: CfgNode, *, device: torch.device | str, of_train: bool = False) -> ImageLoader:
+def build_val_loader(
+    config: CfgNode, *, device: torch.device | str, of_train: bool = False, part: str = "val"
+) -> ImageLoader:
     """Return this process's share of the validation set, in order, without padding; batches as in training.
 
     Of the training set only the class names are looked at, if it is there. ``len(loader.dataset)`` counts the whole
-    validation set. ``of_train``: the training set instead, prepared as for evaluation.
+    validation set. ``of_train``: the training set instead, prepared as for evaluation. ``part``: name of the validation
+    set's folder, CSV file or archive.
     """
-    dataset = build_dataset(config, is_train=of_train, augment=False)
+    dataset = build_dataset(config, is_train=of_train, augment=False, part=part)
     sampler = EvalShardSampler(len(dataset), rank=get_rank(), world_size=get_world_size())
     batch_size = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
     return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
 
 
-def build_dataset(config: CfgNode, *, is_train: bool, augment: bool = True) -> ImageDataset:
+def build_dataset(config: CfgNode, *, is_train: bool, augment: bool = True, part: str = "val") -> ImageDataset:
     """Return the training or the validation data set of the configuration.
 
     Args:
         config: the configuration.
         is_train: which of the two.
         augment: prepare training images for training; False: as for evaluation.
+        part: name of the folder, CSV file or archive of the validation set.
 
     Raises:
         ValueError: no DATA.DATA_PATH for a data set that needs it.
         FileNotFoundError: files are missing; names them, and what to do where other data are there.
         RuntimeError: a download or the validation cache failed; on all processes alike.
     """
-    source = _build_source(config, is_train=is_train)
+    source = _build_source(config, "train" if is_train else part)
     if config.DATA.CACHE_DECODED == "ram" and not isinstance(source, ArraySource):
         source = DecodedSource(source)
     elif config.DATA.FAST_RESIZE and source.channels == 3 and not isinstance(source, ArraySource):
@@ -95,14 +99,13 @@ def build_dataset(config: CfgNode, *, is_train: bool, augment: bool = True) -> I
     return dataset
 
 
-def _build_source(config: CfgNode, *, is_train: bool) -> Source:
-    data = config.DATA
+def _build_source(config: CfgNode, part: str) -> Source:
+    data, is_train = config.DATA, part == "train"
     images = {"as_array": data.PIPELINE == "fast", "channels": config.MODEL.STRIP_MLP.IN_CHANS}
     if data.DATASET == "digits":
         return digits_source(is_train=is_train, **images)
     if not data.DATA_PATH:
         raise ValueError(f"DATA.DATASET {data.DATASET!r} needs DATA.DATA_PATH (--data-path): where are the images?")
-    part = "train" if is_train else "val"
     if not data.HOLDOUT:
         check_layout(data.DATA_PATH, data.DATASET, zip_mode=data.ZIP_MODE, part=part)
     if data.DATASET in CIFAR_DATASETS:

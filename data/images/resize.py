@@ -15,7 +15,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_i
 from torch import Tensor, nn
 
 from data.images.decode import Picture, ScalableJpeg
-from utils.config import as_pair, short_side
+from utils.config import CROP_RATIO, as_pair, short_side
 from utils.errors import ImageReadError
 
 Resize = Callable[[Picture, tuple[int, int], str], Picture]  # picture, (height, width), name of the filter
@@ -43,8 +43,9 @@ class EvalResize:
 
     Args:
         size: (H, W) in pixels, or one number for a square.
-        crop: scale the picture so that it just covers 256/224 of the size (the size itself up to 32 pixels) and crop
-            the centre; otherwise squash the whole picture into the size.
+        crop: scale the picture so that it just covers size / ratio (the size itself up to 32 pixels) and crop the
+            centre; otherwise squash the whole picture into the size.
+        ratio: TEST.CROP_RATIO.
         interpolation: name of the filter.
         resize: implementation.
 
@@ -52,9 +53,17 @@ class EvalResize:
         ImageReadError: when called with a picture so elongated that its resized form would not fit into memory.
     """
 
-    def __init__(self, size: int | tuple[int, int], *, crop: bool, interpolation: str, resize: Resize) -> None:
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        *,
+        crop: bool,
+        ratio: float = CROP_RATIO,
+        interpolation: str,
+        resize: Resize,
+    ) -> None:
         self.size = size
-        self.short_side = short_side(size, crop=crop)
+        self.short_side = short_side(size, crop=crop, ratio=ratio)
         self.interpolation = interpolation
         self.resize = resize
 

@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from data.images.decode import Picture
 from data.images.posterize import allow_zero_bits
 from data.images.resize import EvalResize, Resize, ResizedCrop, as_image, as_pixels, pil_resize, torch_resize
-from utils.config import CROP_RATIO, SMALL, as_pair, normalisation
+from utils.config import SMALL, as_pair, normalisation, short_side
 from utils.runtime import seeded_streams
 
 Transform = Callable[[Picture], np.ndarray | Tensor]
@@ -38,7 +38,7 @@ def build_transform(config: CfgNode, *, is_train: bool) -> Transform:
     resize = torch_resize if data.FAST_RESIZE else pil_resize
     if is_train:
         return _fast_train(config, resize) if config.MODEL.STRIP_MLP.IN_CHANS in (1, 3) else _band_train(config, resize)
-    return EvalResize(data.IMG_SIZE, crop=config.TEST.CROP, interpolation=data.INTERPOLATION, resize=resize)
+    return _eval_resize(config, resize)
 
 
 def check_transform(config: CfgNode) -> None:
@@ -84,7 +84,7 @@ def _band_train(config: CfgNode, resize: Resize) -> Transform:
     data, aug = config.DATA, config.AUG
     flip = transforms.RandomHorizontalFlip(aug.HFLIP)
     if _is_small(config):
-        fit = EvalResize(data.IMG_SIZE, crop=True, interpolation=data.INTERPOLATION, resize=resize)
+        fit = _eval_resize(config, resize)
         crop = transforms.RandomCrop(as_pair(data.IMG_SIZE), padding=_CROP_PADDING)
         return transforms.Compose([fit, _to_tensor, crop, flip, _to_array])
     crop = RandomResizedCropAndInterpolation(
@@ -130,17 +130,23 @@ def _timm_train(config: CfgNode, *, use_prefetcher: bool) -> transforms.Compose:
 
 def _small_crop(config: CfgNode) -> list[Callable]:
     """Return the stages of a random crop of the padded image; images of another size are resized first."""
-    size = config.DATA.IMG_SIZE
-    fit = EvalResize(size, crop=True, interpolation=config.DATA.INTERPOLATION, resize=pil_resize)
-    return [fit, as_image, transforms.RandomCrop(as_pair(size), padding=_CROP_PADDING)]
+    crop = transforms.RandomCrop(as_pair(config.DATA.IMG_SIZE), padding=_CROP_PADDING)
+    return [_eval_resize(config, pil_resize), as_image, crop]
+
+
+def _eval_resize(config: CfgNode, resize: Resize) -> EvalResize:
+    """Return the resize and crop of evaluation, which also brings small training images to their size."""
+    return EvalResize(
+        config.DATA.IMG_SIZE,
+        crop=config.TEST.CROP,
+        ratio=config.TEST.CROP_RATIO,
+        interpolation=config.DATA.INTERPOLATION,
+        resize=resize,
+    )
 
 
 def _reference_eval(config: CfgNode) -> Transform:
     size, mode = config.DATA.IMG_SIZE, str_to_interp_mode(config.DATA.INTERPOLATION)
-    if size <= SMALL:
-        stages = [transforms.Resize(size, mode), transforms.CenterCrop(size)]  # no effect on images of this size
-    elif config.TEST.CROP:
-        stages = [transforms.Resize(int(CROP_RATIO * size), mode), transforms.CenterCrop(size)]
-    else:
-        stages = [transforms.Resize((size, size), mode)]
+    side = short_side(size, crop=config.TEST.CROP, ratio=config.TEST.CROP_RATIO)
+    stages = [transforms.Resize(side or (size, size), mode), transforms.CenterCrop(size)]
     return transforms.Compose([*stages, transforms.ToTensor(), transforms.Normalize(*normalisation(config))])

@@ -13,7 +13,6 @@ from utils.checkpoint.files import load_checkpoint, resolve_source
 from utils.checkpoint.schema import CLASSES, CONFIG, PREPROCESSING, Check, SchemaFault, text
 from utils.checkpoint.store import CheckpointStore, step_inside
 from utils.config import (
-    CROP_RATIO,
     SMALL,
     as_pair,
     dump_config,
@@ -76,7 +75,7 @@ def checkpoint_metadata(
 
 def preprocessing(config: CfgNode) -> dict[str, Any]:
     """Return what evaluation does to an image; see ``utils.config.short_side``."""
-    side = short_side(config.DATA.IMG_SIZE, crop=config.TEST.CROP)
+    side = short_side(config.DATA.IMG_SIZE, crop=config.TEST.CROP, ratio=config.TEST.CROP_RATIO)
     mean, std = normalisation(config)
     return {
         "img_size": _plain(config.DATA.IMG_SIZE),
@@ -115,6 +114,30 @@ def stored_config(source: str | Path) -> str:
 def stored_classes(payload: dict[str, Any], path: Path | str) -> tuple[str, ...]:
     """Return the class names of a checkpoint in the order of its scores; empty if it has none."""
     return tuple(_own_entry(payload, "classes", CLASSES, path) or ())
+
+
+def named_classes(names: str, num_classes: int) -> tuple[str, ...]:
+    """Return the class names that TEST.CLASS_NAMES gives, in the order of the scores; empty if it is.
+
+    Args:
+        names: a file with one name per line; ``numbers`` for 0, 1, ...; or empty.
+        num_classes: scores of the model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not list as many different names as the model has classes.
+    """
+    if names in ("", "numbers"):
+        return tuple(map(str, range(num_classes))) if names else ()
+    if not Path(names).is_file():
+        raise FileNotFoundError(f"TEST.CLASS_NAMES: no file {names} (one class name per line, or the word numbers)")
+    lines = [line.strip() for line in Path(names).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if len(lines) != num_classes or len(set(lines)) != num_classes:
+        raise ValueError(
+            f"TEST.CLASS_NAMES: {names} lists {len(set(lines))} different names on {len(lines)} lines, but the model "
+            f"has {num_classes} classes: it needs the name of each, on a line of its own"
+        )
+    return tuple(lines)
 
 
 def check_continuation(
@@ -281,7 +304,8 @@ def _log_assumed_order(classes: Sequence[str], path: Path | str, num_classes: in
     if len(classes) != num_classes:
         raise CheckpointError(
             f"the data set has {len(classes)} classes, the model {num_classes}, and {path} holds no class names to "
-            "match them by: list all names in the model's order in DATA_PATH/classes.txt and set DATA.CLASS_ORDER file"
+            "match them by: list the names of the model's classes in a file, one per line in the order of its scores, "
+            "and set TEST.CLASS_NAMES FILE (class folders 0, 1, ...: TEST.CLASS_NAMES numbers)"
         )
     order = f"{path} holds no class names: label 0 is taken to be {classes[0]!r}, the last {classes[-1]!r}"
     numeric = all(name.isascii() and name.isdigit() for name in classes)
@@ -314,7 +338,7 @@ def warn_preprocessing(
 def _warn_of_timm_preprocessing(config: CfgNode, model: nn.Module | None, path: Path | str) -> None:
     """Warn once if a timm model's released weights expect other images than this evaluation makes."""
     theirs = getattr(model, "pretrained_cfg", None) or {}
-    crop = 1.0 if not config.TEST.CROP else 1 / CROP_RATIO
+    crop = config.TEST.CROP_RATIO if config.TEST.CROP else 1.0
     mean, std = normalisation(config)
     ours = {
         "mean": mean,

@@ -27,8 +27,8 @@ from utils.config.recipe import (
 from utils.config.values import expand_path, read_arguments
 
 __all__ = [
-    "CIFAR_DATASETS",
     "CROP_RATIO",
+    "CIFAR_DATASETS",
     "DATASETS",
     "FOLDER_DATASETS",
     "SMALL",

@@ -25,10 +25,10 @@ def odd_batch_problem(config: CfgNode) -> str:
 
 
 SMALL = 32  # pixels; up to this size, training pads and crops instead of zooming in, as published for CIFAR
-CROP_RATIO = 256 / 224  # shorter side before the centre crop, relative to the crop
+CROP_RATIO = 224 / 256  # the published TEST.CROP_RATIO
 
 
-def short_side(size: int | tuple[int, int], *, crop: bool) -> int | tuple[int, int] | None:
+def short_side(size: int | tuple[int, int], *, crop: bool, ratio: float = CROP_RATIO) -> int | tuple[int, int] | None:
     """Return the shorter side (pixels) of an image before the centre crop; None: scaled to ``size`` itself, no crop.
 
     For a rectangular crop it is the (height, width) that the image has to cover.
@@ -36,12 +36,13 @@ def short_side(size: int | tuple[int, int], *, crop: bool) -> int | tuple[int, i
     Args:
         size: DATA.IMG_SIZE.
         crop: TEST.CROP, without effect on small images.
+        ratio: TEST.CROP_RATIO, likewise; the default gives the published int(256 / 224 * size) at every size.
     """
     if max(as_pair(size)) <= SMALL:
         return size
     if not crop:
         return None
-    return int(CROP_RATIO * size) if isinstance(size, int) else tuple(int(CROP_RATIO * side) for side in size)
+    return int(size / ratio) if isinstance(size, int) else tuple(int(side / ratio) for side in size)
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:

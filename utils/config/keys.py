@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from yacs.config import CfgNode
 
-from utils.config.facts import DATASETS, IMAGENET_MEAN, IMAGENET_STD, mixes
+from utils.config.facts import CROP_RATIO, DATASETS, IMAGENET_MEAN, IMAGENET_STD, mixes
 from utils.config.suggest import did_you_mean
 from utils.config.values import convert, in_interval, is_list, is_null
 
@@ -300,8 +300,20 @@ _ROWS = (
     Key("AUG.RATIO", (0.75, 1.3333333333333333), "least and largest width / height of the training crop",
         "(0, 1000]", ours=True),
 
-    Key("TEST.CROP", True, "evaluate the centre crop of images scaled to 256/224 of DATA.IMG_SIZE; False = scale only",
-        affects="result"),
+    Key("TEST.CROP", True, "evaluate the centre crop of images scaled by TEST.CROP_RATIO; False = squash the image to "
+        "DATA.IMG_SIZE", affects="result"),
+    Key("TEST.CROP_RATIO", CROP_RATIO, "side of the centre crop, DATA.IMG_SIZE, as a share of the shorter side of "
+        "the scaled image (timm's crop_pct); without effect up to 32 pixels", "[0.1, 1]",
+        affects="result", idle_when=when("TEST.CROP", False), ours=True),
+    Key("TEST.FLIP", False, "evaluate each image and its mirror image, and take the mean of their probabilities",
+        affects="result", ours=True),
+    Key("TEST.CLASS_NAMES", "", "names of the model's classes, to find those of the data set among them: a file with "
+        "one name per line in the order of the scores; numbers = 0, 1, ...; empty = those in the checkpoint",
+        affects="result", ours=True, is_path=True),
+    Key("TEST.REAL_LABELS", "", "real.json of ImageNet-ReaL: also report the accuracy under its labels (main_eval.py)",
+        affects="nothing", ours=True, is_path=True),
+    Key("TEST.CORRUPTIONS", "", "folder CORRUPTION/SEVERITY/CLASS/IMAGE as ImageNet-C: evaluate it instead of the "
+        "validation set (main_eval.py)", affects="nothing", ours=True, is_path=True),
     Key("TEST.BATCH_SIZE", 0, "images per process when evaluating; 0 = DATA.BATCH_SIZE",
         "[0, 65536]", affects="nothing", ours=True),
     Key("TEST.INTERVAL", 1, "epochs between two evaluations; the last epoch is always evaluated",

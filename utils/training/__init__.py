@@ -2,7 +2,7 @@
 
 from utils.training.batchnorm import averaged_batchnorm, batchnorm_buffers
 from utils.training.distillation import Teacher
-from utils.training.evaluation import EvalResult, evaluate, measure_throughput
+from utils.training.evaluation import EvalResult, class_scores, evaluate, measure_throughput
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion, class_weights
 from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
@@ -11,6 +11,7 @@ from utils.training.optimizer import build_optimizer, is_fused, kept_state
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.pictures import draw_batch
 from utils.training.precision import Precision, build_precision
+from utils.training.real_labels import RealAccuracy, read_real_labels
 from utils.training.records import (
     curves_figure,
     epoch_row,
@@ -19,13 +20,23 @@ from utils.training.records import (
     record_epoch,
     trim_metrics,
 )
+from utils.training.robustness import (
+    ALEXNET_ERRORS,
+    SEVERITIES,
+    check_corruption_folders,
+    corruption_summary,
+    corruption_table,
+)
 from utils.training.state import Progress, TrainState
 from utils.training.watching import Watcher
 
 __all__ = [
+    "ALEXNET_ERRORS",
     "averaged_batchnorm",
     "batchnorm_buffers",
     "build_criterion",
+    "check_corruption_folders",
+    "class_scores",
     "class_weights",
     "build_optimizer",
     "build_precision",
@@ -33,6 +44,8 @@ __all__ = [
     "check_compiler",
     "compile_and_warm_up",
     "compile_model",
+    "corruption_summary",
+    "corruption_table",
     "curves_figure",
     "draw_batch",
     "epoch_row",
@@ -48,9 +61,12 @@ __all__ = [
     "poison_nonfinite",
     "Precision",
     "Progress",
+    "read_real_labels",
+    "RealAccuracy",
     "record_epoch",
     "RunningMeans",
     "scaled_learning_rates",
+    "SEVERITIES",
     "Teacher",
     "TrainState",
     "trim_metrics",

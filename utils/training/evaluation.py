@@ -1,5 +1,6 @@
 """Exact evaluation, and throughput."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -41,6 +42,7 @@ def evaluate(
     batch_transform: Callable[..., tuple[Tensor, Tensor]],
     should_stop: Callable[[], str] | None = None,
     columns: Sequence[int] | None = None,
+    flip: bool = False,
     observe: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> EvalResult | None:
     """Evaluate on the shards of all processes; every sample counts once, whatever the number of processes. Collective.
@@ -56,6 +58,7 @@ def evaluate(
         batch_transform: ``data.build_batch_transform(..., is_train=False)``.
         should_stop: asked every ``POLL_BATCHES`` batches; collective, with the same answer on all processes.
         columns: the score of each label, where the data set holds a part of the classes; the others are left out.
+        flip: also score the mirror images; see ``class_scores``.
         observe: called for each batch of this process with scores (B, classes), targets (B,) and sample indices (B,).
 
     Returns:
@@ -74,14 +77,34 @@ def evaluate(
             if should_stop and number < common_batches and number % POLL_BATCHES == 0 and should_stop():
                 return None
             images, targets = batch_transform(images, targets, indices, epoch=0, update=0)
-            with autocast():
-                logits = model(images)
-            logits = (logits if columns is None else logits[:, columns]).float()
+            logits = class_scores(model, images, autocast=autocast, columns=columns, flip=flip)
             _count(logits, targets, counts)
             loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
             if observe is not None:
                 observe(logits, targets, indices)
     return _summarise(counts, loss_sum, num_samples)
+
+
+def class_scores(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    autocast: Callable[[], AbstractContextManager],
+    columns: Sequence[int] | None = None,
+    flip: bool = False,
+) -> Tensor:
+    """Return the float32 scores (B, classes) of ``images`` (B, C, H, W); for ``columns`` see ``evaluate``.
+
+    With ``flip`` they are log-probabilities: the logarithm of the mean of the softmax of an image and of its mirror
+    image, as Krizhevsky et al. (2012) and Simonyan and Zisserman (2015) average over crops and mirror images.
+    """
+    with autocast():
+        logits = model(images)
+    logits = (logits if columns is None else logits[:, columns]).float()
+    if not flip:
+        return logits
+    mirrored = class_scores(model, images.flip(-1), autocast=autocast, columns=columns)
+    return torch.logaddexp(logits.log_softmax(dim=1), mirrored.log_softmax(dim=1)) - math.log(2.0)
 
 
 @contextmanager
