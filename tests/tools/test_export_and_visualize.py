@@ -10,7 +10,7 @@ from inference import open_checkpoint
 from models import from_published
 from tests.builders import tiny_network
 from tests.tiny_run import TinyRun
-from tools import export, visualize
+from tools import export, graphs, receptive_field, visualize
 from utils.checkpoint import load_weights
 
 
@@ -46,21 +46,21 @@ def test_published_names_are_read_back(run: TinyRun, tmp_path: Path) -> None:
 def test_a_graph_that_computes_something_else_is_refused() -> None:
     model = torch.nn.Identity()
     with pytest.raises(RuntimeError, match="differs from PyTorch at batch 1"):
-        export.check(model, lambda images: images + 1, torch.zeros(2, 3))
+        graphs.check(model, lambda images: images + 1, torch.zeros(2, 3))
 
 
 def test_the_area_ratio_is_that_of_the_smallest_square() -> None:
     field = torch.zeros(5, 5)
     field[2, 2] = 9.0
-    assert visualize.area_ratio(field, 0.99) == 1 / 25
-    assert visualize.area_ratio(torch.ones(5, 5), 0.3) == 9 / 25
+    assert receptive_field.area_ratio(field, 0.99) == 1 / 25
+    assert receptive_field.area_ratio(torch.ones(5, 5), 0.3) == 9 / 25
 
 
 def test_the_receptive_field_of_a_convolution_is_its_window() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3, padding=1, bias=False))
     torch.nn.init.ones_(model[0].weight)
-    model.feature_info = [{"module": "0", "num_chs": 2}]
-    (field,) = visualize.receptive_fields(model, iter([torch.ones(2, 3, 9, 9)]))
+    model.feature_info = [{"module": "0", "num_chs": 2, "reduction": 1}]
+    (field,) = receptive_field.receptive_fields(model, iter([torch.ones(2, 3, 9, 9)]))
     assert field.nonzero().amin(0).tolist() == [3, 3]
     assert field.nonzero().amax(0).tolist() == [5, 5]
 
