@@ -20,13 +20,13 @@ def new_figure(width: float, height: float) -> Figure:
 def png_bytes(figure: Figure) -> bytes:
     """Return a figure as the content of a PNG file."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.1)
     return buffer.getvalue()
 
 
 def grid(rows: int, columns: int, *, lines: int = 1) -> tuple[Figure, list[Axes]]:
     """Return a figure of pictures without ticks, and its axes row by row; titles have ``lines`` lines."""
-    figure = new_figure(2.2 * columns, (2.35 + 0.16 * lines) * rows)
+    figure = new_figure(2.2 * columns, (2.2 + 0.15 * lines) * rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.set_axis_off()

@@ -104,6 +104,5 @@ def draw_fields(fields: dict[str, list[Tensor]]) -> Figure:
             scaled = (field / field.max().clamp(min=1e-30)).clamp(min=1e-4)
             ax.imshow(scaled.numpy(), norm=LogNorm(1e-4, 1), cmap="inferno")
             half, most = (f"{area_ratio(field, share):.0%}" for share in (0.5, 0.99))
-            shares = f"50 % in {half}, 99 % in {most} of the area"
-            put_title(ax, f"{shortened(name, 34)}\nstage {stage + 1}\n{shares}")
+            put_title(ax, f"{shortened(name, 34)}\nstage {stage + 1}: area that holds\n50 %: {half}, 99 %: {most}")
     return figure
