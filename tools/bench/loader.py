@@ -82,6 +82,8 @@ class _Pipeline:
             transform_wall += time.perf_counter() - before_wall
         cpu, wall = _cpu_seconds() - start_cpu - transform_cpu, time.perf_counter() - start_wall - transform_wall
         self.epoch += 1
+        if not images:
+            raise ValueError("an epoch has no whole batch: give a smaller --batch, or more images")
         return cpu / images, wall / images, transform_wall / images
 
 
