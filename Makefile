@@ -4,11 +4,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
 QUICKSTART := output/quickstart_digits/default
+TOUR := output/quickstart_digits/tour
 
-.PHONY: help quickstart test lint faults clean
+.PHONY: help quickstart tour test lint faults clean
 
 help:
 	@echo "make quickstart   train and evaluate a small Strip-MLP on handwritten digits (CPU, about three minutes)"
+	@echo "make tour         then use the digits' checkpoint: predict, report, figures, export (another minute)"
 	@echo "make test         ruff and pytest"
 	@echo "make lint         ruff alone"
 	@echo "make faults       the long fault-injection tests too: killed processes, full disks, damaged files"
@@ -22,6 +24,28 @@ quickstart: $(VENV)/.installed
 	  print(f\"Accuracy    {r['acc1']:.2f} % of {r['num_samples']} digits that training has not seen\")"
 	@echo "Curves      $(QUICKSTART)/curves.png"
 	@echo "Checkpoint  $(QUICKSTART)/checkpoint_best.pth"
+
+$(QUICKSTART)/checkpoint_best.pth:
+	@$(MAKE) --no-print-directory quickstart
+
+tour: $(VENV)/.installed-extra $(QUICKSTART)/checkpoint_best.pth
+	@echo "Twelve digits that training has not seen, as files:"
+	@$(RUN) -c "from PIL import Image; import numpy as np, os; \
+	  from data import build_dataset; from utils.config import load_config; os.makedirs('$(TOUR)/digits', exist_ok=True); \
+	  source = build_dataset(load_config('configs/quickstart_digits.yaml'), is_train=False).source; \
+	  [Image.fromarray(np.asarray(source.load(i))).save(f'$(TOUR)/digits/{i:02}.png') for i in range(12)]"
+	$(RUN) tools/predict.py $(QUICKSTART)/checkpoint_best.pth $(TOUR)/digits --top 2 --sheet $(TOUR)/sheet.png
+	$(RUN) tools/report.py $(QUICKSTART)/checkpoint_best.pth --output $(TOUR)/report
+	$(RUN) tools/visualize.py $(QUICKSTART)/checkpoint_best.pth --show erf cam strips --output $(TOUR)/figures
+	$(RUN) tools/export.py $(QUICKSTART)/checkpoint_best.pth --format onnx --output $(TOUR)/digits.onnx
+	$(RUN) tools/export.py $(QUICKSTART)/checkpoint_best.pth --format safetensors --output $(TOUR)/model
+	@echo
+	@echo "Names for images      $(TOUR)/sheet.png"
+	@echo "What goes wrong       $(TOUR)/report/report.html (open it in a browser)"
+	@echo "What training saw     $(QUICKSTART)/batch.png"
+	@echo "What the network sees $(TOUR)/figures/erf.png, cam.png, strip_weights.png, position_tables.png"
+	@echo "For other programs    $(TOUR)/digits.onnx, $(TOUR)/model (safetensors)"
+	@echo "Each of these tools is described in docs/TOOLS.md"
 
 test: lint
 	@$(RUN) -m pytest
@@ -45,7 +69,12 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	@$(INSTALL) -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-extra.txt
-	@echo "Installing the tools for tests and the optional packages ..."
-	@$(INSTALL) -r requirements-extra.txt pytest ruff
+$(VENV)/.installed-extra: $(VENV)/.installed requirements-extra.txt
+	@echo "Installing the optional packages ..."
+	@$(INSTALL) -r requirements-extra.txt
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-extra
+	@echo "Installing the tools for tests ..."
+	@$(INSTALL) pytest ruff
 	@touch $@

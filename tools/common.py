@@ -1,20 +1,16 @@
-"""What the tools share: flags that name a checkpoint, errors as one line, safe text, progress, figures."""
+"""What the tools share: flags that name a checkpoint, errors as one line, safe text, progress, files."""
 
 import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
-from data import decode_image, expanded_path, read_image_file
+from data import expanded_path
 from inference import Opened, open_checkpoint
 from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError
 from utils.runtime import atomic_file
@@ -59,23 +55,15 @@ def printable(text: str, *, keep_lines: bool = False) -> str:
     return "".join(sign if sign.isprintable() or (keep_lines and sign == "\n") else ascii(sign)[1:-1] for sign in text)
 
 
+def shortened(name: str, width: int) -> str:
+    """Return a name that is safe to show, in at most ``width`` characters."""
+    name = printable(name)
+    return name if len(name) <= width else f"{name[: width - 1]}…"
+
+
 def progress(items: Iterable | None = None, *, total: int | None = None, desc: str, unit: str = "img") -> tqdm:
     """Return a progress bar on a terminal, and a line every ``QUIET_SECONDS`` elsewhere."""
     return tqdm(items, total=total, desc=desc, unit=unit, mininterval=0.1 if sys.stderr.isatty() else QUIET_SECONDS)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of ``width`` x ``height`` inches that needs no display."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def png_bytes(figure: Figure) -> bytes:
-    """Return a figure as the content of a PNG file."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -106,16 +94,20 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return a type for a flag that takes a whole number from ``low`` to ``high``."""
+
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return number
+
+
 def output_path(text: str) -> Path:
     """Return the path of a file to write, of a command line; its folder has to be there before the work starts."""
     path = expanded_path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder of {path} does not exist; make it first")
     return path
-
-
-def thumbnail(path: str, side: int) -> Image.Image:
-    """Return an image file at most ``side`` pixels wide and high, for display."""
-    image = decode_image(read_image_file(path), as_array=False)
-    image.thumbnail((side, side))
-    return image

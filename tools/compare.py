@@ -23,7 +23,8 @@ import numpy as np
 from yacs.config import CfgNode
 
 from data import expanded_path
-from tools.common import output_path, png_bytes, printable, run_tool, write_bytes
+from tools.common import output_path, printable, run_tool, write_bytes
+from tools.figures import png_bytes
 from tools.predictions import Predictions, paired_test, read_predictions, wilson_interval
 from utils.config import config_differences, parse_config
 from utils.training import curves_figure, metrics_rows

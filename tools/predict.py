@@ -23,16 +23,16 @@ from data import list_images
 from inference import Prediction, Predictor
 from tools.common import (
     checkpoint_parser,
-    new_figure,
     open_from,
     output_path,
-    png_bytes,
     printable,
     progress,
     run_tool,
-    thumbnail,
+    shortened,
+    whole_number,
     write_bytes,
 )
+from tools.figures import grid, png_bytes, put_title, thumbnail
 
 SHEET_IMAGES = 60  # most of a contact sheet
 SHEET_COLUMNS = 6
@@ -68,15 +68,10 @@ def print_table(predictions: Sequence[Prediction]) -> None:
     width = min(60, max(len(printable(p.source)) for p in predictions))
     for p in predictions:
         best = [
-            f"{shortened(name)}: {100 * share:4.1f} %" for name, share in zip(p.names, p.probabilities, strict=True)
+            f"{shortened(name, NAME_WIDTH)}: {100 * share:4.1f} %"
+            for name, share in zip(p.names, p.probabilities, strict=True)
         ]
         print(f"{printable(p.source):<{width}}  {'  '.join(best)}")
-
-
-def shortened(name: str) -> str:
-    """Return a class name that is safe to show, in at most ``NAME_WIDTH`` characters."""
-    name = printable(name)
-    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…"
 
 
 def csv_text(predictions: Sequence[Prediction]) -> str:
@@ -106,17 +101,13 @@ def jsonl_text(predictions: Sequence[Prediction]) -> str:
 def contact_sheet(predictions: Sequence[Prediction]) -> bytes:
     """Return a PNG with the first ``SHEET_IMAGES`` images and their best classes."""
     shown = predictions[:SHEET_IMAGES]
-    rows = -(-len(shown) // SHEET_COLUMNS)
     columns = min(SHEET_COLUMNS, len(shown))
-    figure = new_figure(2.2 * columns, 2.7 * rows)
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, p in zip(figure.axes, shown, strict=False):
+    figure, places = grid(-(-len(shown) // columns), columns, lines=4)
+    for axes, p in zip(places, shown, strict=False):
         axes.imshow(thumbnail(p.source, 220))
         best = zip(p.names[:3], p.probabilities[:3], strict=True)
-        title = "\n".join(f"{shortened(name)}: {100 * share:.1f} %" for name, share in best)
-        title = f"{shortened(os.path.basename(p.source))}\n{title}"
-        axes.set_title(title, fontsize=8, parse_math=False)  # "$" in a name is a dollar sign
+        lines = (f"{shortened(name, NAME_WIDTH)}: {100 * share:.1f} %" for name, share in best)
+        put_title(axes, "\n".join((shortened(os.path.basename(p.source), NAME_WIDTH), *lines)))
     return png_bytes(figure)
 
 
@@ -146,8 +137,10 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = checkpoint_parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help="images to predict")
-    parser.add_argument("--top", type=int, choices=range(1, 101), default=5, metavar="K", help="classes per image (5)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per forward pass (64)")
+    parser.add_argument("--top", type=whole_number(1, 100), default=5, metavar="K", help="classes per image (5)")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1, 100_000), default=64, metavar="N", help="images at once (64)"
+    )
     parser.add_argument("--csv", type=output_path, metavar="FILE", help="one row per image and class")
     parser.add_argument("--jsonl", type=output_path, metavar="FILE", help="one JSON object per image")
     parser.add_argument("--sheet", type=output_path, metavar="FILE", help="contact sheet (PNG)")

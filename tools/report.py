@@ -30,12 +30,13 @@ from tools.common import (
     checkpoint_parser,
     make_folder,
     open_from,
-    png_bytes,
     printable,
     progress,
     run_tool,
+    whole_number,
     write_bytes,
 )
+from tools.figures import png_bytes
 from tools.predictions import BINS, Collector, Predictions, calibration, wilson_interval
 from tools.report_parts import class_rows, confused_pairs, confusion_figure, data_uri, reliability_figure
 from utils.config import dump_config, recipe_deviations
@@ -82,6 +83,13 @@ def run_curves(folder: Path) -> tuple[str, str]:
     return data_uri(png_bytes(curves_figure({"": rows}))), ""
 
 
+def preprocessing_words(steps: dict[str, Any]) -> str:
+    """Return ``Opened.preprocessing`` in words."""
+    size, interpolation = steps["img_size"], steps["interpolation"]
+    scaled = f"short side {steps['short_side']}, centre crop {size}" if steps["crop"] else f"scaled to {size}"
+    return f"{scaled} pixels, {interpolation}; mean {steps['mean']}, standard deviation {steps['std']}"
+
+
 def facts_of(opened: Opened) -> list[tuple[str, str]]:
     """Return what the page says about the checkpoint, as (name, value)."""
     config, done = opened.config, opened.metadata.get("progress")
@@ -90,7 +98,7 @@ def facts_of(opened: Opened) -> list[tuple[str, str]]:
         ("model", config.MODEL.TIMM_NAME if config.MODEL.TYPE == "timm" else config.MODEL.NAME),
         ("parameters", f"{sum(p.numel() for p in opened.model.parameters()):,}"),
         ("data set", config.DATA.DATASET),
-        ("preprocessing", ", ".join(f"{key} {value}" for key, value in opened.preprocessing.items())),
+        ("preprocessing", preprocessing_words(opened.preprocessing)),
     ]
     if isinstance(done, dict):
         facts.append(("trained", f"{done['epoch']} epochs, {done['global_step']} updates"))
@@ -158,7 +166,7 @@ def build_parser() -> Any:
     """Return the command line's parser."""
     parser = checkpoint_parser(__doc__)
     parser.add_argument("--data-path", metavar="DIR", help="data set with val/, as in evaluation")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
+    parser.add_argument("--batch-size", type=whole_number(1, 100_000), metavar="N", help="images per forward pass")
     parser.add_argument("--output", type=expanded_path, metavar="DIR", help="folder of the report")
     return parser
 

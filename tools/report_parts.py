@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from sklearn.metrics import precision_recall_fscore_support
 
-from tools.common import new_figure, png_bytes, printable
+from tools.common import printable, shortened
+from tools.figures import new_figure, png_bytes
 from tools.predictions import BINS, Calibration, Predictions
 
 LABELLED = 30  # classes up to which the confusion matrix has names
@@ -57,7 +58,7 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str]) -> bytes:
     axes.set_xlabel("predicted")
     axes.set_ylabel("label")
     if few:
-        names = [printable(str(name))[:20] for name in classes]
+        names = [shortened(str(name), 20) for name in classes]
         axes.set_xticks(range(count), names, rotation=90, parse_math=False)
         axes.set_yticks(range(count), names, parse_math=False)
         for i, j in zip(*matrix.nonzero(), strict=True):
@@ -74,7 +75,7 @@ def reliability_figure(found: Calibration) -> bytes:
     upper.plot(found.confidence, found.accuracy, marker="o", label="this model")
     upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     upper.legend(frameon=False, loc="upper left")
-    lower.bar(found.confidence, found.count, width=0.8 / BINS)
+    lower.bar(found.confidence, found.count, width=0.4 / BINS)
     lower.set(xlabel="confidence: probability of the best class", ylabel="images")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """A model leaves as files that others read, and can be looked at."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from inference import open_checkpoint
 from models import from_published
 from tests.builders import tiny_network
 from tests.tiny_run import TinyRun
-from tools import export, visualize
+from tools import export, graphs, receptive_field, visualize
 from utils.checkpoint import load_weights
 
 
@@ -43,29 +44,74 @@ def test_published_names_are_read_back(run: TinyRun, tmp_path: Path) -> None:
     assert torch.equal(model.head.weight, open_checkpoint(checkpoint).model.head.weight)
 
 
+def test_a_safetensors_file_is_evaluated_and_fine_tuned(run: TinyRun, tmp_path: Path) -> None:
+    checkpoint, folder = run.folder / "checkpoint_last.pth", tmp_path / "folder"
+    assert export.command([str(checkpoint), "--format", "safetensors", "--output", str(folder)]) == 0
+    file = folder / "model.safetensors"
+    assert run.evaluate(file, tag="exported")["acc1"] == run.evaluate(checkpoint)["acc1"]
+    tuned = run.train("--pretrained", file, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.BASE_LR", "5e-6", tag="tuned")
+    weights = (open_checkpoint(path).model.head.weight for path in (checkpoint, tuned / "checkpoint_last.pth"))
+    assert torch.allclose(*weights, atol=1e-4)
+
+
+def test_an_onnx_file_takes_any_batch(run: TinyRun, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    checkpoint, file = run.folder / "checkpoint_last.pth", tmp_path / "model.onnx"
+    assert export.command([str(checkpoint), "--format", "onnx", "--output", str(file)]) == 0
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    images = torch.randn(7, 3, 32, 32)
+    (scores,) = session.run(["scores"], {"images": images.numpy()})
+    expected = open_checkpoint(checkpoint, device="cpu").model(images)
+    torch.testing.assert_close(torch.from_numpy(scores), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_exported_program_takes_any_batch(run: TinyRun, tmp_path: Path) -> None:
+    checkpoint, file = run.folder / "checkpoint_last.pth", tmp_path / "model.pt2"
+    assert export.command([str(checkpoint), "--format", "torch-export", "--device", "cpu", "--output", str(file)]) == 0
+    images = torch.randn(7, 3, 32, 32)
+    expected = open_checkpoint(checkpoint, device="cpu").model(images)
+    torch.testing.assert_close(torch.export.load(file).module()(images), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_a_compiled_program_takes_any_batch(tmp_path: Path) -> None:
+    model, batch = torch.nn.Linear(4, 3).eval(), torch.export.Dim("batch")
+    program = torch.export.export(model, (torch.zeros(2, 4),), dynamic_shapes=({0: batch},))
+    graphs.check(model, graphs.write_compiled(program, tmp_path / "model.pt2"), torch.zeros(2, 4))
+    assert (tmp_path / "model.pt2").is_file()
+
+
 def test_a_graph_that_computes_something_else_is_refused() -> None:
     model = torch.nn.Identity()
     with pytest.raises(RuntimeError, match="differs from PyTorch at batch 1"):
-        export.check(model, lambda images: images + 1, torch.zeros(2, 3))
+        graphs.check(model, lambda images: images + 1, torch.zeros(2, 3))
 
 
 def test_the_area_ratio_is_that_of_the_smallest_square() -> None:
     field = torch.zeros(5, 5)
     field[2, 2] = 9.0
-    assert visualize.area_ratio(field, 0.99) == 1 / 25
-    assert visualize.area_ratio(torch.ones(5, 5), 0.3) == 9 / 25
+    assert receptive_field.area_ratio(field, 0.99) == 1 / 25
+    assert receptive_field.area_ratio(torch.ones(5, 5), 0.3) == 9 / 25
 
 
 def test_the_receptive_field_of_a_convolution_is_its_window() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3, padding=1, bias=False))
     torch.nn.init.ones_(model[0].weight)
-    model.feature_info = [{"module": "0", "num_chs": 2}]
-    (field,) = visualize.receptive_fields(model, iter([torch.ones(2, 3, 9, 9)]))
+    model.feature_info = [{"module": "0", "num_chs": 2, "reduction": 1}]
+    (field,) = receptive_field.receptive_fields(model, iter([torch.ones(2, 3, 9, 9)]))
     assert field.nonzero().amin(0).tolist() == [3, 3]
     assert field.nonzero().amax(0).tolist() == [5, 5]
 
 
 def test_figures_are_written(run: TinyRun, tmp_path: Path) -> None:
-    words = [str(run.folder / "checkpoint_last.pth"), "--images", str(run.data), "--count", "2"]
+    words = [str(run.folder / "checkpoint_last.pth"), "--data-path", str(run.data), "--count", "2"]
     assert visualize.command([*words, "--show", "erf", "strips", "--output", str(tmp_path)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["erf.png", "position_tables.png", "strip_weights.png"]
+
+
+def test_class_activation_maps_are_written(run: TinyRun, tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_grad_cam")
+    words = [str(run.folder / "checkpoint_last.pth"), "--images", str(run.data), "--count", "2"]
+    assert visualize.command([*words, "--show", "cam", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "cam.png").read_bytes().startswith(b"\x89PNG")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from inference import open_checkpoint
 from tests.tiny_run import TinyRun
 from tools import show_batch
-from utils.training import Watcher, draw_batch
+from utils.training import Watcher, draw_batch, watching
 
 
 def test_the_first_batch_of_a_run_is_drawn_and_is_what_the_tool_draws(tmp_path: Path) -> None:
@@ -35,6 +36,26 @@ def test_a_logger_that_fails_is_logged_once(tmp_path: Path, caplog: pytest.LogCa
     watcher.figures("train", {"loss": 1.0}, 1)
     watcher.close()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_failing_logger_and_a_failing_picture_leave_the_run_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TinyRun(tmp_path)
+    drawn = run.train("--opts", "TRAIN.EPOCHS", "1", tag="drawn")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(watching, "draw_batch", fail)
+    monkeypatch.setattr(watching, "_open", fail)
+    failed = run.train("--opts", "TRAIN.EPOCHS", "1", "LOGGER", "tensorboard", tag="failed")
+    assert (drawn / "batch.png").is_file()
+    assert not (failed / "batch.png").exists()
+    log = (failed / "log_rank0.txt").read_text()
+    assert log.count("batch.png could not be written: broken") == log.count("LOGGER tensorboard is off: broken") == 1
+    first, second = (open_checkpoint(folder / "checkpoint_last.pth").model.state_dict() for folder in (drawn, failed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_batch_that_cannot_be_drawn_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
