@@ -25,7 +25,7 @@ quickstart: $(VENV)/.installed
 	@echo "Curves      $(QUICKSTART)/curves.png"
 	@echo "Checkpoint  $(QUICKSTART)/checkpoint_best.pth"
 
-$(QUICKSTART)/checkpoint_best.pth:
+$(QUICKSTART)/checkpoint_best.pth: | $(VENV)/.installed
 	@$(MAKE) --no-print-directory quickstart
 
 tour: $(VENV)/.installed-extra $(QUICKSTART)/checkpoint_best.pth

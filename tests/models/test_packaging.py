@@ -190,6 +190,7 @@ def test_pytest_leaves_the_long_fault_tests_out():
                 "curves.png",
             ],
         ),
+        ("tour", ["requirements-extra.txt", "main.py", "tools/predict.py", "tools/report.py", "tools/export.py"]),
         ("test", ["-c constraints.txt", "requirements-extra.txt", "ruff check", "-m pytest"]),
         ("faults", ["tests/faults"]),
     ],
