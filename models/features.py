@@ -70,6 +70,7 @@ class DenseBackbone(nn.Module):
             of the coarsest map, as far as these allow it.
     Shape: (B, 3, H, W) -> ``{"0": (B, C_0, ceil(H / r_0), ceil(W / r_0)), "1": ...}`` with the reductions r.
     Raises:
+        TypeError: if ``body`` classifies, that is, was created without ``features_only=True``.
         ValueError: if an argument is out of range, or an image is smaller than a window.
     """
 
@@ -86,6 +87,8 @@ class DenseBackbone(nn.Module):
             raise ValueError(f"mode is {mode!r}; known: 'window', 'resize'")
         if not 0.0 <= overlap < 1.0:
             raise ValueError(f"overlap is {overlap}; it must be in [0, 1)")
+        if not hasattr(getattr(body, "feature_info", None), "channels"):
+            raise TypeError(f"body is a {type(body).__name__} that returns no maps; create it with features_only=True")
         self.body, self.mode, self.overlap = body, mode, overlap
         self.channels: list[int] = body.feature_info.channels()
         self.reductions: list[int] = body.feature_info.reduction()

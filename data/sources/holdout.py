@@ -91,7 +91,7 @@ def choose(names: Sequence[str], targets: np.ndarray, classes: Sequence[str], sh
     single = [name for name, count in zip(classes, counts, strict=True) if count == 1]
     if single:
         raise ValueError(
-            f"DATA.HOLDOUT is {share:g}, but {len(single)} classes have a single image, which cannot be in both parts: "
+            f"DATA.HOLDOUT is {share:g}, but some classes have a single image, which cannot be in both parts: "
             f"{some(single)}; add images, or remove these classes"
         )
     held_out = []

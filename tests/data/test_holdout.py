@@ -72,7 +72,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_files() -> None:
 def test_a_class_with_one_image_is_named(images: Path) -> None:
     for number in range(1, 5):
         (images / "dog" / f"{number}.jpg").unlink()
-    with pytest.raises(ValueError, match="1 classes have a single image, which cannot be in both parts: 'dog'"):
+    with pytest.raises(ValueError, match="some classes have a single image, which cannot be in both parts: 'dog'"):
         parts(config_for(images))
 
 

@@ -132,3 +132,8 @@ def test_what_the_wrappers_of_other_frameworks_do() -> None:
     whole = timm.create_model("strip_mlp_tiny", features_only=False, pretrained=False, checkpoint_path="", **SMALL)
     whole.reset_classifier(0, "")
     assert whole(torch.zeros(2, 3, 64, 64)).shape == (2, 64, 2, 2)
+
+
+def test_dense_backbone_refuses_a_classifier() -> None:
+    with pytest.raises(TypeError, match="features_only=True"):
+        DenseBackbone(timm.create_model("resnet10t"))
