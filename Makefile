@@ -10,7 +10,7 @@ TOUR := output/quickstart_digits/tour
 
 help:
 	@echo "make quickstart   train and evaluate a small Strip-MLP on handwritten digits (CPU, about three minutes)"
-	@echo "make tour         then use the digits' checkpoint: predict, report, figures, export (another minute)"
+	@echo "make tour         then use the digits' checkpoint: predict, report, figures, export (another minute or two)"
 	@echo "make test         ruff and pytest"
 	@echo "make lint         ruff alone"
 	@echo "make faults       the long fault-injection tests too: killed processes, full disks, damaged files"
