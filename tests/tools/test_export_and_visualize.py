@@ -1,5 +1,6 @@
 """A model leaves as files that others read, and can be looked at."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def test_an_exported_program_takes_any_batch(run: TinyRun, tmp_path: Path) -> No
     images = torch.randn(7, 3, 32, 32)
     expected = open_checkpoint(checkpoint, device="cpu").model(images)
     torch.testing.assert_close(torch.export.load(file).module()(images), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.faults  # compiling takes long
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_a_compiled_program_takes_any_batch(tmp_path: Path) -> None:
+    model, batch = torch.nn.Linear(4, 3).eval(), torch.export.Dim("batch")
+    program = torch.export.export(model, (torch.zeros(2, 4),), dynamic_shapes=({0: batch},))
+    graphs.check(model, graphs.write_compiled(program, tmp_path / "model.pt2"), torch.zeros(2, 4))
+    assert (tmp_path / "model.pt2").is_file()
 
 
 def test_a_graph_that_computes_something_else_is_refused() -> None:
