@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inference import open_checkpoint
 from models import build_model, from_published
 from tests.builders import config_with
 from tests.tiny_run import TinyRun
@@ -99,6 +100,7 @@ def test_distillation_resumes_exactly_and_knows_its_teacher(
     assert ends[0]["model"].keys() == load_checkpoint(teacher_file)["model"].keys()  # the teacher is not among them
     for name, value in ends[0]["model"].items():
         assert torch.equal(value, ends[1]["model"][name]), name
+    assert open_checkpoint(resumed / "checkpoint_last.pth", device="cpu").classes  # the student, without its teacher
     with pytest.raises(SystemExit):  # a student is another teacher
         tiny.train("--resume", middle, *words, whole / "checkpoint_last.pth", tag="other")
     out = capsys.readouterr().out

@@ -168,7 +168,8 @@ def _check_training(config: CfgNode) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem(("TRAIN.OPTIMIZER.OPTIONS",), f"TRAIN.OPTIMIZER.OPTIONS: {error}")
     distill = train.DISTILL
-    if distill.KIND != "none" and not (distill.TEACHER or distill.TIMM_NAME):
+    needs_teacher = distill.KIND != "none" and not config.EVAL_MODE  # evaluation does without
+    if needs_teacher and not (distill.TEACHER or distill.TIMM_NAME):
         yield Problem(
             ("TRAIN.DISTILL.KIND",),
             f"TRAIN.DISTILL.KIND is {distill.KIND}, but there is no teacher: give its checkpoint in "
