@@ -28,6 +28,7 @@ from data.sources.csv import CsvSource, csv_classes
 from data.sources.holdout import hold_out
 from data.sources.layout import check_layout
 from data.sources.listing import class_folders
+from data.sources.shards import ShardSource, part_of
 from data.sources.zip import ZipSource
 from utils.config import CIFAR_DATASETS, as_pair
 from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cores
@@ -112,6 +113,8 @@ def _build_source(config: CfgNode, part: str) -> Source:
         return cifar_source(data.DATASET, data.DATA_PATH, is_train=is_train, download=data.DOWNLOAD, **images)
     if data.ZIP_MODE:
         source = ZipSource(data.DATA_PATH, part, cache_mode=data.CACHE_MODE, **images)
+    elif data.DATASET == "shards":
+        source = ShardSource(part_of(data.DATA_PATH, part), **images)
     else:
         source = _file_source(config, part, **images)
     root = Path(data.DATA_PATH)
