@@ -8,13 +8,14 @@ from data.images.decode import convert_image, decode_image, jpeg_complaint
 from data.images.transforms import build_transform, check_transform
 from data.loading.collate import collate
 from data.loading.loader import ImageLoader
-from data.sources.base import FolderSource
+from data.sources.base import FileSource, FolderSource
 from data.sources.holdout import HeldOut, held_out_images
 from data.sources.listing import class_folders, expanded_path, list_images, read_image_file
 from data.sources.ranges import is_address
 from data.sources.shards import INDEX, SAMPLES, Shard, ShardSource, is_shard_set, part_of, write_index
 
 __all__ = [
+    "FileSource",
     "FolderSource",
     "HeldOut",
     "INDEX",

@@ -91,7 +91,9 @@ class LocalFolder:
         except OSError as error:
             raise _unreadable(self.where(name), f"{error.strerror} [{type(error).__name__}]") from error
         if len(data) != size:
-            raise _unreadable(self.where(name), f"it ends at byte {offset + len(data)}, before {offset + size}")
+            raise _unreadable(
+                self.where(name), f"it is shorter than it was and has no bytes {offset}-{offset + size - 1}"
+            )
         return data
 
     def _open(self, name: str) -> tuple[int, bool]:
