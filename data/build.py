@@ -29,6 +29,7 @@ from data.sources.holdout import hold_out
 from data.sources.layout import check_layout
 from data.sources.listing import class_folders
 from data.sources.shards import ShardSource, part_of
+from data.sources.timm_reader import PREFIX, timm_source
 from data.sources.zip import ZipSource
 from utils.config import CIFAR_DATASETS, as_pair
 from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cores
@@ -105,6 +106,8 @@ def _build_source(config: CfgNode, part: str) -> Source:
     images = {"as_array": data.PIPELINE == "fast", "channels": config.MODEL.STRIP_MLP.IN_CHANS}
     if data.DATASET == "digits":
         return digits_source(is_train=is_train, **images)
+    if data.DATASET.startswith(PREFIX):
+        return timm_source(config, part, **images)
     if not data.DATA_PATH:
         raise ValueError(f"DATA.DATASET {data.DATASET!r} needs DATA.DATA_PATH (--data-path): where are the images?")
     if not data.HOLDOUT:
