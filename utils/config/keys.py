@@ -255,7 +255,7 @@ _ROWS = (
     Key("TRAIN.LEAN", "auto", "hand-written gradients, which keep less memory; auto: where they are faster (CPUs)",
         "auto|on|off", idle_when=TIMM, ours=True),
     Key("TRAIN.COMPILE", False, "torch.compile", flag="--compile", ours=True),
-    Key("TRAIN.COMPILE_MODE", "default", "reduce-overhead: replay CUDA graphs; for small batches on a GPU",
+    Key("TRAIN.COMPILE_MODE", "default", "reduce-overhead: replay CUDA graphs, where the host is slower than the GPU",
         "default|reduce-overhead", idle_when=NOT_COMPILED, ours=True),
     Key("TRAIN.MEMORY_BUDGET", 1.0, "share of the activations that a compiled model keeps; the rest is recomputed",
         "[0, 1]", idle_when=NOT_COMPILED, ours=True),
