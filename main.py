@@ -115,6 +115,7 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
         if not finished:
             preempt(state, session)
             return
+    session.store.finish()
     logger.info(
         "done: best top-1 %.2f %% after epoch %d; checkpoints, metrics.jsonl and curves.png in %s",
         progress.best_acc1,
@@ -346,7 +347,7 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
         session.watcher.figures("epoch", row, progress.global_step)
         session.watcher.histogram(progress.global_step)
     milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS else ()
-    session.save(state, (*((BEST,) if is_best else ()), *milestone))
+    session.save(state, (*((BEST,) if is_best else ()), *milestone), background=True)
     return True
 
 

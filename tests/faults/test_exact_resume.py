@@ -3,7 +3,6 @@
 import json
 import signal
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -11,6 +10,7 @@ from tests.faults.harness import (
     LAST,
     TRAIN_IMAGES,
     assert_same_state,
+    figures,
     run_folder,
     step_file,
     steps,
@@ -33,13 +33,6 @@ TUNING = (
 
 def stop_at(step: int, rank: int = 0) -> list:
     return [("send", {"number": signal.SIGTERM, "step": step, "rank": rank})]
-
-
-def figures(folder: Path) -> list[dict]:
-    """What metrics.jsonl says about the training, without times."""
-    timed = {"images_per_second", "data_wait", "memory_mib", "seconds"}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +81,7 @@ def test_interrupted_distillation_ends_in_the_same_bits(starter, reference, tmp_
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_killed_run_ends_in_the_same_bits(starter, reference, tmp_path, world):
     """SIGKILL mid-epoch with SAVE_STEPS, relaunched: same state as uninterrupted, survivors ended."""
-    kill = [("send", {"number": signal.SIGKILL, "step": 3, "rank": world - 1})]
+    kill = [("saves_complete", {}), ("send", {"number": signal.SIGKILL, "step": 3, "rank": world - 1})]
     job = starter.run("TRAIN.SAVE_STEPS=2", out=tmp_path, world=world, faults=kill)
     assert job.codes[-1] == -signal.SIGKILL
     assert 0 not in job.codes
