@@ -179,7 +179,9 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
     config, run, precision = session.config, session.run, session.precision
     model = build_model(config, len(session.metadata["classes"])).to(run.device)
     model = accelerate(model, run.device, lean=config.TRAIN.LEAN)
-    ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN)
+    ddp_model = wrap_for_training(
+        model, run.device, sync_bn=config.TRAIN.SYNC_BN, grad_compression=config.TRAIN.GRAD_COMPRESSION
+    )
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)
     scheduler = build_scheduler(config, optimizer, lrs, session.updates_per_epoch)

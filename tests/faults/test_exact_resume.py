@@ -5,6 +5,7 @@ import signal
 from collections import Counter
 
 import pytest
+import torch
 
 from tests.faults.harness import (
     LAST,
@@ -47,6 +48,7 @@ def stop_at(step: int, rank: int = 0) -> list:
         pytest.param(2, 0, (*TUNING, "TRAIN.ACCUMULATION_STEPS=2"), id="2 processes, fine-tuning", marks=SLOW),
         pytest.param(2, 0, (*TUNING, "TRAIN.AMP=fp16"), id="2 processes, fine-tuning in fp16", marks=SLOW),
         pytest.param(2, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="2 processes, 2 workers, accumulation", marks=SLOW),
+        pytest.param(2, 0, ("TRAIN.GRAD_COMPRESSION=bf16",), id="2 processes, gradients in bf16", marks=SLOW),
         pytest.param(3, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="3 processes, 2 workers, accumulation", marks=SLOW),
     ),
 )
@@ -64,6 +66,19 @@ def test_interrupted_run_ends_in_the_same_bits(starter, reference, tmp_path, wor
     assert "resumed from" in job.text()
     assert_same_state(job.folder / LAST, expected)
     assert figures(job.folder) == figures(expected.parent)
+
+
+@SLOW
+def test_gradients_in_bf16_are_rounded_alike_on_all_processes(starter, reference, tmp_path):
+    """TRAIN.GRAD_COMPRESSION bf16: other bits than float32, by rounding alone; one process has nothing to exchange."""
+    opts = ("TRAIN.GRAD_COMPRESSION=bf16", "TRAIN.EPOCHS=1", "TRAIN.BASE_LR=1e-9", "TRAIN.WARMUP_LR=1e-9")
+    job = starter.run(*opts, out=tmp_path, world=2).assert_ok()
+    plain = starter.run("TRAIN.GRAD_COMPRESSION=none", *opts[1:], out=tmp_path / "plain", world=2).assert_ok()
+    weights, expected = (load_checkpoint(folder / LAST)["model"] for folder in (job.folder, plain.folder))
+    assert any(not torch.equal(weights[name], expected[name]) for name in weights)
+    norms = [figures(folder)[0]["grad_norm"] for folder in (job.folder, plain.folder)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert norms[0] != norms[1]
 
 
 @SLOW
