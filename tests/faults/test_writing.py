@@ -117,7 +117,8 @@ def test_kill_of_the_training_while_a_checkpoint_is_written(starter, reference, 
 def test_kill_before_a_file_operation_of_a_save(starter, reference, tmp_path, number, world):
     """SIGKILL before an operation of the write in the background, which names the best and a milestone: same state."""
     words = ("TRAIN.SAVE_STEPS=5", "SAVE_FREQ=1")
-    job = starter.run(*words, out=tmp_path, world=world, faults=[("kill_in_write", {"step": 10, "number": number})])
+    kill = [("kill_in_write", {"step": 10 // world, "number": number})]
+    job = starter.run(*words, out=tmp_path, world=world, faults=kill)
     assert job.codes[0] == -signal.SIGKILL
     for path in job.folder.glob("*.pth"):
         verify_checkpoint(path)
