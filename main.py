@@ -115,6 +115,7 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
         if not finished:
             preempt(state, session)
             return
+    session.store.finish()
     logger.info(
         "done: best top-1 %.2f %% after epoch %d; checkpoints, metrics.jsonl and curves.png in %s",
         progress.best_acc1,
@@ -178,7 +179,9 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
     config, run, precision = session.config, session.run, session.precision
     model = build_model(config, len(session.metadata["classes"])).to(run.device)
     model = accelerate(model, run.device, lean=config.TRAIN.LEAN)
-    ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN)
+    ddp_model = wrap_for_training(
+        model, run.device, sync_bn=config.TRAIN.SYNC_BN, grad_compression=config.TRAIN.GRAD_COMPRESSION
+    )
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)
     scheduler = build_scheduler(config, optimizer, lrs, session.updates_per_epoch)
@@ -346,7 +349,7 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
         session.watcher.figures("epoch", row, progress.global_step)
         session.watcher.histogram(progress.global_step)
     milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS else ()
-    session.save(state, (*((BEST,) if is_best else ()), *milestone))
+    session.save(state, (*((BEST,) if is_best else ()), *milestone), background=True)
     return True
 
 

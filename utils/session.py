@@ -42,7 +42,6 @@ from utils.training import (
 
 logger = logging.getLogger(__name__)
 
-SLOW_SAVE_SECONDS = 20
 LOG_SECONDS = 30.0  # the longest time without a log line, if updates take less
 _WORKER_DEATH = re.compile("DataLoader worker.*(killed by signal|exited unexpectedly)")
 
@@ -104,10 +103,11 @@ class Session(Objective):
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Stop the data workers and close the logger."""
+        """Stop the data workers, close the logger, and let a checkpoint that is being written become complete."""
         self.watcher.close()
         self.loader.close()
         self.val_loader.close()
+        self.store.close()
 
     # the position in the run
 
@@ -182,12 +182,14 @@ class Session(Objective):
             )
             self.watcher.figures("train", figures, state.progress.global_step)
             self.log_clock.restart()
-        if self.stop.poll():
+        if self.stop.poll(failed=self.store.failed):
             return True
+        if self.stop.failed:
+            self.store.finish()
         save_steps = self.config.TRAIN.SAVE_STEPS
         due = self.stop.save_due or (save_steps and state.progress.global_step % save_steps == 0)
         if due and not state.guard.last_skipped():
-            self.save(state)
+            self.save(state, background=True)
         return False
 
     def check_due(self, done: int) -> bool:
@@ -204,6 +206,7 @@ class Session(Objective):
         try:
             state.guard.check(self.position_text(state.progress))
         except NonFiniteError as error:
+            self.store.finish()
             folder = self.run.output_dir
             path = write_dump(state, self.metadata, folder, self.loader.dataset.sample_name)
             last = folder / LAST
@@ -233,19 +236,13 @@ class Session(Objective):
                 "room, or choose another place with --output"
             )
 
-    def save(self, state: TrainState, names: tuple[str, ...] = ()) -> Path:
-        """Write the state as the newest checkpoint and under ``names``; return its path. Collective."""
-        started = time.monotonic()
-        path = self.store.save(capture(state, self.metadata), names)
+    def save(self, state: TrainState, names: tuple[str, ...] = (), *, background: bool = False) -> Path:
+        """Write the state as the newest checkpoint and under ``names``; return its path. Collective.
+
+        ``background``: only copy it; it is written while training goes on. See ``CheckpointStore.save``.
+        """
+        path = self.store.save(capture(state, self.metadata), names, background=background)
         self.stop.saved()
-        seconds = time.monotonic() - started
-        logger.info("saved %s (%.1f s)", ", ".join((path.name, *names)), seconds)
-        if seconds > SLOW_SAVE_SECONDS:
-            logger.warning(
-                "saving took %.0f s; torchrun kills a stopping run after 30 s unless told otherwise "
-                "(--shutdown-timeout), so write to a faster disk or ask for the stop earlier",
-                seconds,
-            )
         return path
 
     def resume(self, state: TrainState, path: Path, allowed: Collection[str]) -> None:
