@@ -4,10 +4,8 @@ Needs permission to make network namespaces (root); skipped elsewhere.
 """
 
 import os
-import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +31,16 @@ class Host:
     starter: Starter
     name: str
     main: str
-    names: Path
+    etc: Path
 
     @property
     def enter(self) -> tuple[str, ...]:
         """Command that runs another one on this host."""
-        script = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+        script = 'hostname "$0" && mount --bind "$1/hosts" /etc/hosts && mount --bind "$1/nss" /etc/nsswitch.conf'
+        script += ' && shift && exec "$@"'
         return (
             *("ip", "netns", "exec", self.name),
-            *("unshare", "--uts", "--mount", "sh", "-c", script, self.name, str(self.names)),
+            *("unshare", "--uts", "--mount", "sh", "-c", script, self.name, str(self.etc)),
         )
 
     def cable(self, state: str) -> None:
@@ -74,8 +73,12 @@ def hosts(starter: Starter, tmp_path: Path) -> Iterator[tuple[Host, Host]]:
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         _remove(names)
         pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
-    table = tmp_path / "hosts"
-    table.write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in addresses.items()))
+    table = tmp_path / "etc"
+    table.mkdir()
+    (table / "nss").write_text("hosts: files\n")  # no name server can be reached from here
+    (table / "hosts").write_text(
+        "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in addresses.items())
+    )
     yield tuple(Host(starter, name, names[0], table) for name in names)
     _remove(names)
 
@@ -92,3 +95,59 @@ def test_two_hosts_end_in_the_bits_of_one(hosts, reference, tmp_path):
         job.wait()
     jobs[0].assert_ok()
     assert_same_state(run_folder(tmp_path / "out") / LAST, reference(world=2))
+
+
+def launch(hosts: tuple[Host, Host], *opts: str, out: list[Path], **request) -> list[Job]:
+    return [host.torchrun(*opts, out=folder, **request) for host, folder in zip(hosts, out, strict=True)]
+
+
+def wait_for_checkpoint(jobs: list[Job]) -> None:
+    jobs[0].wait_for(lambda: any("saved checkpoint_step_000000002" in job.text() for job in jobs), "its checkpoint")
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_killed_worker_with_separate_folders(hosts, reference, tmp_path, rank):
+    """SIGKILL to the process of one host, each host with an output folder of its own: --max-restarts recovers."""
+    out = [tmp_path / "a", tmp_path / "b"]
+    once = [("send", {"number": signal.SIGKILL, "step": 5, "rank": rank, "once": str(tmp_path / "struck")})]
+    jobs = launch(hosts, "TRAIN.SAVE_STEPS=2", out=out, faults=once)
+    for job in jobs:
+        job.wait()
+    assert (tmp_path / "struck").exists()
+    [main] = [job for job in jobs if (job.folder / LAST).exists()]
+    main.assert_ok()
+    assert "resumed from" in main.text()
+    assert_same_state(main.folder / LAST, reference(world=2))
+    [other] = [job for job in jobs if job is not main]
+    assert steps(other.folder) == []
+    assert "resumed from" in (other.folder / "log_rank1.txt").read_text()
+
+
+def test_cut_cable(hosts, reference, tmp_path):
+    """The cable is cut until both processes have given up, then joined again: --max-restarts recovers."""
+    out = [tmp_path / "a", tmp_path / "b"]
+    jobs = launch(hosts, "TRAIN.SAVE_STEPS=2", "TRAIN.DIST_TIMEOUT=8", "PRINT_FREQ=1", out=out, faults=SLOW)
+    wait_for_checkpoint(jobs)
+    hosts[1].cable("down")
+    for job in jobs:
+        job.wait_for(lambda job=job: "stops while" in job.text(), "the end of its process")
+    hosts[1].cable("up")
+    for job in jobs:
+        job.wait()
+    [main] = [job for job in jobs if (job.folder / LAST).exists()]
+    main.assert_ok()
+    assert_same_state(main.folder / LAST, reference(world=2))
+
+
+def test_host_that_dies_and_comes_back(hosts, reference, tmp_path):
+    """Everything on the second host is killed, its torchrun started again: the run goes on."""
+    out = [tmp_path / "a", tmp_path / "b"]
+    jobs = launch(hosts, "TRAIN.SAVE_STEPS=2", "PRINT_FREQ=1", out=out, faults=SLOW)
+    wait_for_checkpoint(jobs)
+    jobs[1].kill()
+    jobs[1].wait()
+    jobs[1] = hosts[1].torchrun("TRAIN.SAVE_STEPS=2", out=out[1])
+    for job in jobs:
+        job.wait()
+    jobs[0].assert_ok()
+    assert_same_state(jobs[0].folder / LAST, reference(world=2))
