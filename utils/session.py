@@ -291,8 +291,8 @@ def located_errors(session: Session, state: TrainState) -> Iterator[None]:
         if _WORKER_DEATH.search(str(error)) and not isinstance(error, RunError):
             with phase(getattr(error, "phase", "training")):
                 raise RunError(
-                    f"{one_line(error)} A data worker that is killed was most likely out of memory (RAM, or /dev/shm in "
-                    f"a container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; at {position}"
+                    f"{one_line(error)} A data worker that is killed was most likely out of memory (RAM, or /dev/shm "
+                    f"in a container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; at {position}"
                 ) from error
         if position not in str(error):
             error.add_note(f"at {position}")
