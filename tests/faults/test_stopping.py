@@ -139,7 +139,7 @@ def test_failure_while_building(starter, tmp_path, rank, world):
     """One process cannot build its model: all end, the reason is on the console."""
     fault = [("failing_start", {"rank": rank, "message": "no such model"})]
     job = starter.run("TRAIN.DIST_TIMEOUT=1800", out=tmp_path, world=world, faults=fault, seconds=120)
-    job.assert_failed(f"rank {rank} on {socket.gethostname()} stops while building the model: no such model")
+    job.assert_failed(f"rank {rank} on {socket.gethostname()} stops: no such model")
     job.assert_no_orphans()
 
 
