@@ -27,6 +27,7 @@ from data import (
     build_val_loader,
     check_data,
     check_transform,
+    data_facts,
     describe_classes,
     held_out_images,
 )
@@ -37,12 +38,14 @@ from utils.checkpoint import (
     checkpoint_metadata,
     load_teacher,
     load_weights,
+    resolve_source,
+    sha256,
     starting_point,
     warn_preprocessing,
     weight_options,
 )
 from utils.config import parse, short_of_updates
-from utils.runtime import Run, StopRequest, start_run, torch_random_state
+from utils.runtime import SAME_FILES, Run, StopRequest, phase, require_agreement, start_run, torch_random_state
 from utils.session import Batch, Objective, Session, located_errors, update_groups
 from utils.training import (
     EvalResult,
@@ -112,9 +115,9 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
         with located_errors(session, state):
             row = train_one_epoch(model, state, session)
             finished = not session.stop.agreed and finish_epoch(state, session, row)
-        if not finished:
-            preempt(state, session)
-            return
+            if not finished:
+                preempt(state, session)
+                return
     session.store.finish()
     logger.info(
         "done: best top-1 %.2f %% after epoch %d; checkpoints, metrics.jsonl and curves.png in %s",
@@ -125,6 +128,7 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     run.write_status("completed", step=progress.global_step, epoch=progress.epoch, best_acc1=progress.best_acc1)
 
 
+@phase("reading the data")
 def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     """Build everything around the model. Problems with settings and data are found here, before the model is built."""
     check_transform(config)
@@ -139,6 +143,15 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     held_out = held_out_images(config, val_loader.dataset)
     metadata = checkpoint_metadata(config, dataset.classes, len(dataset), held_out and held_out.digest)
     teacher = load_teacher(config, run.device, metadata, build=build_model, remap=from_published)
+    if teacher is not None:
+        metadata["teacher"] = teacher.digest
+    require_agreement(
+        lambda: {
+            **data_facts(config, train=dataset, val=val_loader.dataset),
+            "weights of the teacher": metadata.get("teacher"),
+        },
+        remedy=SAME_FILES,
+    )
     return Session(
         config=config,
         run=run,
@@ -152,7 +165,7 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
         store=CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP),
         stop=stop,
         watcher=Watcher(config.LOGGER, run.output_dir, is_main=run.is_main),
-        metadata=metadata if teacher is None else {**metadata, "teacher": teacher.digest},
+        metadata=metadata,
     )
 
 
@@ -174,6 +187,7 @@ def log_data(session: Session) -> None:
         logger.warning("%s", warning)
 
 
+@phase("building the model")
 def build_training(session: Session) -> tuple[DistributedDataParallel, TrainState]:
     """Build the model, its distributed wrapper and what trains it; the state holds the bare model."""
     config, run, precision = session.config, session.run, session.precision
@@ -214,15 +228,18 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
     return ddp_model, state
 
 
+@phase("loading the starting point")
 def load_starting_point(state: TrainState, session: Session, allow_change: Sequence[str]) -> None:
     """Fill the state: from ``--resume``, else the run's own newest checkpoint, else ``--pretrained``, else nothing."""
     config = session.config
-    path = starting_point(config, session.store)
+    path = starting_point(config, session.store, restarted=session.run.restarted)
     if path is not None:
         session.resume(state, path, allow_change)
         if config.MODEL.PRETRAINED:
             logger.info("--pretrained %s is not read: the run goes on from a checkpoint", config.MODEL.PRETRAINED)
     elif config.MODEL.PRETRAINED:
+        source = resolve_source(config.MODEL.PRETRAINED)
+        require_agreement(lambda: {"MODEL.PRETRAINED (SHA-256)": sha256(source)}, remedy=SAME_FILES)
         _, metadata = load_weights(
             state.model,
             config.MODEL.PRETRAINED,
@@ -241,6 +258,7 @@ def load_starting_point(state: TrainState, session: Session, allow_change: Seque
     session.store.set_aside_beyond(state.progress.global_step)
 
 
+@phase("training")
 def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: Session) -> dict[str, Any]:
     """Train on what is left of the epoch in progress; return its figures for ``metrics.jsonl``.
 
@@ -317,6 +335,7 @@ def update_record(progress: Progress, group: list[Batch]) -> dict[str, Any]:
     }
 
 
+@phase("finishing the epoch")
 def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bool:
     """Evaluate, remember the best, report and save.
 
@@ -353,6 +372,7 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
     return True
 
 
+@phase("evaluating")
 def validate(state: TrainState, session: Session) -> EvalResult | None:
     """Evaluate the model, or its averaged weights if there are any, on the whole validation set; None after a stop."""
     model = state.eval_model

@@ -1,9 +1,11 @@
 """Checks of the data against the configuration, before training starts."""
 
+import hashlib
 import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import ImageFile
@@ -50,6 +52,29 @@ def check_data(
     if problems:
         where = f"DATA.DATASET {config.DATA.DATASET!r}, DATA.DATA_PATH {config.DATA.DATA_PATH!r}"
         raise ValueError(f"the data cannot be used ({where}):\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def data_facts(config: CfgNode, **parts: ImageDataset) -> dict[str, Any]:
+    """Return what tells two copies of the data apart: classes, images per class, and the lists of images with labels.
+
+    Images are known by their path below ``DATA.DATA_PATH``; they are not opened.
+
+    Args:
+        config: frozen config.
+        parts: the data sets by their names.
+    """
+    facts: dict[str, Any] = {}
+    root = config.DATA.DATA_PATH
+    for part, dataset in parts.items():
+        facts[f"{part}: images"] = len(dataset)
+        facts |= {f"{part}: class {label}": name for label, name in enumerate(dataset.classes)}
+        counts = np.bincount(dataset.targets, minlength=len(dataset.classes)).tolist()
+        facts |= {f"{part}: images of {name!r}": count for name, count in zip(dataset.classes, counts, strict=True)}
+        digest = hashlib.sha256(dataset.targets.tobytes())
+        for index in range(len(dataset)):
+            digest.update(dataset.sample_name(index).removeprefix(root).encode(errors="surrogateescape") + b"\0")
+        facts[f"{part}: list of images (SHA-256)"] = digest.hexdigest()[:12]
+    return facts
 
 
 def _warn_of_shared_images(train: ImageDataset, val: ImageDataset) -> None:

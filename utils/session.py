@@ -28,7 +28,7 @@ from utils.checkpoint import (
     write_dump,
 )
 from utils.errors import NonFiniteError, RunError, one_line
-from utils.runtime import Run, StopRequest, free_bytes, gather_objects
+from utils.runtime import Run, StopRequest, free_bytes, gather_objects, load_on_main_process, phase
 from utils.training import (
     Precision,
     Progress,
@@ -223,19 +223,20 @@ class Session(Objective):
     # what survives
 
     def check_free_space(self, state: TrainState) -> None:
-        """Refuse to train where not even one checkpoint fits.
+        """Refuse to train where not even one checkpoint fits, which is up to rank 0 as it writes them.
 
         Raises:
             RunError: names the folder, what a checkpoint takes and what is free.
         """
         folder = self.run.output_dir
         needed, free = state_bytes(state), free_bytes(folder)
-        if free is not None and free < needed:
+        if self.run.is_main and free is not None and free < needed:
             raise RunError(
                 f"a checkpoint takes about {needed / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} MB free; make "
                 "room, or choose another place with --output"
             )
 
+    @phase("saving")
     def save(self, state: TrainState, names: tuple[str, ...] = (), *, background: bool = False) -> Path:
         """Write the state as the newest checkpoint and under ``names``; return its path. Collective.
 
@@ -246,17 +247,17 @@ class Session(Objective):
         return path
 
     def resume(self, state: TrainState, path: Path, allowed: Collection[str]) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint. Collective.
 
         Args:
             state: what to fill.
-            path: the checkpoint.
+            path: the checkpoint; only rank 0 reads it, the others need not see it.
             allowed: keys of the recipe that may differ (``--allow-change KEY``).
 
         Raises:
             CheckpointError: the file is damaged, or belongs to another recipe, data set, model or optimizer.
         """
-        payload = read_training_state(path)
+        payload = load_on_main_process(lambda: read_training_state(path))
         check_continuation(self.config, self.metadata, payload, path, allowed)
         restore(state, payload, path)
         self.set_learning_rate(state)
@@ -285,10 +286,11 @@ def located_errors(session: Session, state: TrainState) -> Iterator[None]:
     except Exception as error:
         position = session.position_text(state.progress)
         if _WORKER_DEATH.search(str(error)) and not isinstance(error, RunError):
-            raise RunError(
-                f"{one_line(error)} A data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
-                f"container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; at {position}"
-            ) from error
+            with phase(getattr(error, "phase", "training")):
+                raise RunError(
+                    f"{one_line(error)} A data worker that is killed was most likely out of memory (RAM, or /dev/shm "
+                    f"in a container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; at {position}"
+                ) from error
         if position not in str(error):
             error.add_note(f"at {position}")
         raise

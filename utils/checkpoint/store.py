@@ -128,6 +128,11 @@ class CheckpointStore:
         """
         return on_main_process(self._choose)
 
+    def latest_step(self) -> int:
+        """Return the largest number in the names of the step files that this process sees, or -1."""
+        files = self._step_files() if self.directory.is_dir() else []
+        return _number(files[0], _STEP_PATTERN) if files else -1
+
     def set_aside_beyond(self, step: int) -> None:
         """Rename the files of updates after ``step``, where the run goes on, to ``NAME.aside``. Collective.
 

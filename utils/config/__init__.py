@@ -15,7 +15,7 @@ from utils.config.facts import (
     odd_batch_problem,
     short_side,
 )
-from utils.config.keys import default_config, require_known_key
+from utils.config.keys import KEYS, default_config, flatten, require_known_key
 from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
 from utils.config.recipe import (
     config_differences,
@@ -31,6 +31,7 @@ __all__ = [
     "CIFAR_DATASETS",
     "DATASETS",
     "FOLDER_DATASETS",
+    "KEYS",
     "SMALL",
     "as_pair",
     "config_differences",
@@ -38,6 +39,7 @@ __all__ = [
     "default_config",
     "dump_config",
     "expand_path",
+    "flatten",
     "input_shape",
     "load_config",
     "load_stored_config",
