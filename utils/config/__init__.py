@@ -16,7 +16,7 @@ from utils.config.facts import (
     short_side,
 )
 from utils.config.keys import default_config, require_known_key
-from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
+from utils.config.loading import ConfigError, load_config, load_stored_config, parse_config, run_folder
 from utils.config.recipe import (
     config_differences,
     config_notices,
@@ -34,6 +34,7 @@ __all__ = [
     "SMALL",
     "as_pair",
     "config_differences",
+    "ConfigError",
     "config_notices",
     "default_config",
     "dump_config",
