@@ -127,7 +127,10 @@ def _difference_problems(train: Sequence[str], val: Sequence[str]) -> list[str]:
         ]
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     parts = [f"only in {part}: {some(names)}" for part, names in (("train", only_train), ("val", only_val)) if names]
-    return [f"train and val have different classes, so their labels differ ({'; '.join(parts) or 'another order'})"]
+    return [
+        f"train and val have different classes, so their labels differ ({'; '.join(parts) or 'another order'}); train "
+        "needs images of each class of val"
+    ]
 
 
 def _composed(name: str) -> str:

@@ -68,19 +68,34 @@ def check_images(config: CfgNode, loaders: Loaders, size: int, report: Report) -
             continue
         chosen = np.random.default_rng(config.SEED).permutation(len(loader.dataset))[:size]
         bad, suspicious = unreadable(loader.dataset, np.sort(chosen).tolist())
-        skipped = part == "training" and config.DATA.BAD_IMAGES == "skip"
-        other = ", or train without them (DATA.BAD_IMAGES skip)" if part == "training" and not skipped else ""
-        listed = f"tools/check_data.py {config.DATA.DATA_PATH} lists all such files"
         if bad:
-            text = f"{part}: {len(bad)} of {len(chosen)} images cannot be read: {_some(bad)}"
-            report.add(f"{text}; replace or remove them{other}; {listed}", fails=not skipped)
+            report_bad_images(config, bad, f"of {len(chosen)} {part} images", report, training=part == "training")
         if suspicious:
-            text = f"{part}: {len(suspicious)} of {len(chosen)} images may be damaged: {_some(suspicious)}"
-            report.add(f"{text}; {listed}", fails=False)
+            text = f"{len(suspicious)} of {len(chosen)} {part} images may be damaged: {_some(suspicious)}"
+            report.add(f"{text}; tools/check_data.py FOLDER lists all such files", fails=False)
         report.figures["images_read"][part] = {"read": len(chosen), "bad": len(bad), "suspicious": len(suspicious)}
         texts.append(f"{len(chosen) - len(bad):,} of {len(chosen):,} {part}")
     if texts:
         report.row("images read", f"{' and '.join(texts)} images (a sample of at most {size:,} each)")
+
+
+def report_bad_images(config: CfgNode, bad: Sequence[str], among: str, report: Report, *, training: bool) -> None:
+    """Report images that cannot be read; training can go on without them.
+
+    Args:
+        config: of the run.
+        bad: paths and reasons.
+        among: of which images, such as ``of 500 training images``.
+        report: where to.
+        training: whether they are training images.
+    """
+    skipped = training and config.DATA.BAD_IMAGES == "skip"
+    other = ", or train without them (DATA.BAD_IMAGES skip)" if training and not skipped else ""
+    report.add(
+        f"{len(bad)} {among} cannot be read: {_some(bad)}; replace or remove them{other}; tools/check_data.py FOLDER "
+        "lists all such files",
+        fails=not skipped,
+    )
 
 
 def unreadable(dataset: ImageDataset, indices: Sequence[int]) -> tuple[list[str], list[str]]:

@@ -12,10 +12,9 @@ from yacs.config import CfgNode
 
 from data import build_val_loader
 from main import assemble_session, build_training, load_starting_point
-from tools.dry_run.checks import Loaders, dry_config, size_text
+from tools.dry_run.checks import Loaders, dry_config, report_bad_images, size_text
 from tools.dry_run.report import Report
 from tools.dry_run.trials import Stream, time_evaluation, time_loader, time_updates
-from utils.errors import ImageReadError
 from utils.runtime import Run, StopRequest, usable_cores
 from utils.session import Session
 from utils.training import Progress, TrainState, peak_memory_mib
@@ -86,7 +85,13 @@ def forecast(
         model, state = build_training(session)
         with report.part("starting point"):
             load_starting_point(state, session, allow_change)
+            if state.progress.global_step:
+                report.row("start", f"{dry.MODEL.RESUME}, after {session.position_text(state.progress)}")
         speeds = measure(model, state, session, seconds=seconds, report=report, say=say)
+        met = [loader.dataset.sample_name(index) for index in loader.dataset.bad_indices()]
+        bad = [name for name in met if not report.mentions(name)]
+        if bad:
+            report_bad_images(config, bad, "of the images of the trials", report, training=True)
         report_memory(run.device, report)
         report_speeds(speeds, session, report)
         images = 0 if loaders[1] is None else len(loaders[1].dataset)
@@ -118,10 +123,6 @@ def measure(
         say("measuring computing alone")
         group = list(islice(loader, session.accumulation))
         found["computing"] = time_updates(model, state, session, Stream(loader, group), seconds).images_per_second
-    bad = [loader.dataset.sample_name(index) for index in loader.dataset.bad_indices()]
-    with report.part("images"):
-        if bad:
-            raise ImageReadError(f"training met {len(bad)} images that cannot be read, the first is {bad[0]}")
     return Speeds(**found)
 
 
@@ -158,6 +159,12 @@ def report_speeds(speeds: Speeds, session: Session, report: Report) -> None:
     report.figures["data_wait"] = speeds.waiting
     if not (speeds.loading and speeds.computing):
         return
+    if speeds.training * _ENOUGH > speeds.computing:
+        report.add(
+            "other programs disturb the measurement: with its data ready, training was slower than with loading; "
+            "measure again, and longer (--seconds)",
+            fails=False,
+        )
     workers, cores = session.loader.num_workers, usable_cores()
     needed = math.ceil(speeds.computing * max(1, workers) / speeds.loading)
     present = f"{workers} worker(s)" if workers else "no workers: the training process loads"

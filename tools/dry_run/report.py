@@ -12,7 +12,8 @@ import torch
 from tools.common import USER_ERRORS, printable
 from utils.errors import message_text
 
-_UNHEARD = ("py.warnings", "utils.training.records")  # the second is about whole epochs, of which a trial has none
+# Of PyTorch; about whole epochs, of which a trial has none; about single images, which are counted here.
+_UNHEARD = ("py.warnings", "utils.training.records", "data.dataset")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ class Report(logging.Handler):
         """Add a warning that is logged."""
         if record.name not in _UNHEARD:
             self.add(record.getMessage(), fails=record.levelno >= logging.ERROR)
+
+    def mentions(self, name: str) -> bool:
+        """Return whether a finding contains ``name``."""
+        return any(name in finding.text for finding in self.findings)
 
     def failed(self, *parts: str) -> bool:
         """Return whether one of the parts has failed; without names, whether anything has."""
