@@ -65,8 +65,8 @@ def check(config: CfgNode, run: Run, args: argparse.Namespace, report: Report) -
         work_out_recipe(config, loaders[0], world_size, report)
     with report.part("disk"):
         check_disk(config, 1 if loaders[0] is None else len(loaders[0].dataset.classes), report)
-    if not is_measurable(loaders, report):
-        report.row("not measured", "see what fails below")
+    if args.seconds <= 0 or not is_measurable(loaders, report):
+        report.row("not measured", "--seconds 0" if args.seconds <= 0 else "see what fails below")
         return
     with report.part("measuring"):
         forecast(
@@ -111,7 +111,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print findings and figures as JSON instead of a table")
     parser.add_argument(
-        "--seconds", type=float, default=10.0, metavar="S", help="length of each of four trials (default: 10)"
+        "--seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="length of each of four trials; 0 = only check (default: 10)",
     )
     parser.add_argument(
         "--sample",

@@ -27,13 +27,13 @@ Loaders = tuple[ImageLoader | None, ImageLoader | None]  # of training and valid
 
 
 def dry_config(config: CfgNode) -> CfgNode:
-    """Return the configuration of a run that writes nothing and goes on where an image cannot be read.
+    """Return the configuration of a run that writes nothing.
 
     It starts where main.py would: that searches the output folder for the newest checkpoint, and may write there.
     """
     dry = config.clone()
     dry.defrost()
-    dry.DATA.VAL_CACHE, dry.DATA.DOWNLOAD, dry.DATA.BAD_IMAGES = "", False, "skip"
+    dry.DATA.VAL_CACHE, dry.DATA.DOWNLOAD = "", False
     newest = run_folder(config) / LAST
     if config.TRAIN.AUTO_RESUME and not config.MODEL.RESUME and newest.exists():
         dry.MODEL.RESUME = str(newest)
@@ -42,8 +42,12 @@ def dry_config(config: CfgNode) -> CfgNode:
 
 
 def check_settings_and_data(config: CfgNode, device: torch.device, world_size: int, report: Report) -> Loaders:
-    """Do the checks of main.py, all of them; return the loaders."""
-    loaders = check_and_load(dry_config(config), device, world_size=world_size, part=report.part)
+    """Do the checks of main.py, all of them; return loaders that go on where a training image cannot be read."""
+    dry = dry_config(config)
+    dry.defrost()
+    dry.DATA.BAD_IMAGES = "skip"
+    dry.freeze()
+    loaders = check_and_load(dry, device, world_size=world_size, part=report.part)
     if loaders[0] is None and config.DATA.DATASET in CIFAR_DATASETS and config.DATA.DOWNLOAD:
         report.add("main.py would download the data (DATA.DOWNLOAD); this check writes nothing", fails=False)
     counts = {

@@ -75,7 +75,8 @@ def forecast(
     """
     loader, val_loader = loaders
     dry = dry_config(config)
-    if report.failed("classes and batch"):  # measure with the head that the training images need
+    fits = not report.failed("classes and batch")
+    if not fits:  # measure with the head that the training images need
         dry.defrost()
         dry.MODEL.NUM_CLASSES, dry.TRAIN.CLASS_WEIGHTS = 0, "none"
         val_loader = None
@@ -84,7 +85,8 @@ def forecast(
     with report.part("model"), assemble_session(dry, run, StopRequest(), loader, val_loader) as session:
         model, state = build_training(session)
         with report.part("starting point"):
-            load_starting_point(state, session, allow_change)
+            if fits:
+                load_starting_point(state, session, allow_change)
             if state.progress.global_step:
                 report.row("start", f"{dry.MODEL.RESUME}, after {session.position_text(state.progress)}")
         speeds = measure(model, state, session, seconds=seconds, report=report, say=say)
