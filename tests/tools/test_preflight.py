@@ -49,7 +49,7 @@ def test_a_good_run_is_measured_and_leaves_no_trace(tiny, check):
 
 
 def test_a_timm_model_is_measured(check):
-    words = ("MODEL.TYPE=timm", "MODEL.TIMM_NAME=resmlp_12_224", "MODEL.TIMM_KWARGS=depth=1 embed_dim=16 img_size=32")
+    words = ("MODEL.TYPE=timm", "MODEL.TIMM_NAME=test_resnet")
     status, text = check("--opts", *words, seconds=0.05)
     assert status == 0, text
     assert "computing alone" in text
