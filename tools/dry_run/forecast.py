@@ -95,7 +95,8 @@ def forecast(
         if bad:
             report_bad_images(config, bad, "of the images of the trials", report, training=True)
         report_memory(run.device, report)
-        report_speeds(speeds, session, report)
+        with report.part("speed"):
+            report_speeds(speeds, session, report)
         images = 0 if loaders[1] is None else len(loaders[1].dataset)
         predict(config, speeds, state.progress, report, images=images, device=run.device, world_size=world_size)
 
