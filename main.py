@@ -8,8 +8,8 @@ Read ``train`` for the order of a run, ``train_one_epoch`` for the loop, ``accum
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 
 import main_eval
 from data import (
+    ImageLoader,
     build_batch_transform,
     build_train_loader,
     build_val_loader,
@@ -131,12 +132,46 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
 @phase("reading the data")
 def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     """Build everything around the model. Problems with settings and data are found here, before the model is built."""
-    check_transform(config)
-    check_model(config, run.device)
-    check_compiler(config, run.device)
-    loader = build_train_loader(config, device=run.device)
-    val_loader = build_val_loader(config, device=run.device)
-    check_data(config, loader.dataset, val_loader.dataset)
+    return assemble_session(config, run, stop, *check_and_load(config, run.device))
+
+
+def check_and_load(
+    config: CfgNode,
+    device: torch.device,
+    *,
+    world_size: int | None = None,
+    part: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+) -> tuple[ImageLoader | None, ImageLoader | None]:
+    """Check settings and data, which takes no measuring; return the loaders of training and validation.
+
+    Args:
+        config: the configuration.
+        device: where the run computes.
+        world_size: number of processes to check for; None: of this run.
+        part: context for a part of the checks. tools/preflight.py goes on after an error; what could not be loaded is
+            None then.
+    """
+    loader = val_loader = None
+    with part("transform"):
+        check_transform(config)
+    with part("model"):
+        check_model(config, device)
+    with part("compiler"):
+        check_compiler(config, device)
+    with part("training images"):
+        loader = build_train_loader(config, device=device)
+    with part("validation images"):
+        val_loader = build_val_loader(config, device=device)
+    with part("classes and batch"):
+        datasets = [each if each is None else each.dataset for each in (loader, val_loader)]
+        check_data(config, *datasets, world_size=world_size)
+    return loader, val_loader
+
+
+def assemble_session(
+    config: CfgNode, run: Run, stop: StopRequest, loader: ImageLoader, val_loader: ImageLoader
+) -> Session:
+    """Put together what surrounds the model, with loaders that have been checked."""
     dataset, num_classes = loader.dataset, len(loader.dataset.classes)
     transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank, num_classes=num_classes)
     weights = class_weights(config, dataset.targets, num_classes)

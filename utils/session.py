@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 from utils.checkpoint import (
     LAST,
     CheckpointStore,
+    Room,
     capture,
     check_continuation,
     read_training_state,
@@ -28,7 +29,7 @@ from utils.checkpoint import (
     write_dump,
 )
 from utils.errors import NonFiniteError, RunError, one_line
-from utils.runtime import Run, StopRequest, free_bytes, gather_objects, load_on_main_process, phase
+from utils.runtime import Run, StopRequest, gather_objects, load_on_main_process, phase
 from utils.training import (
     Precision,
     Progress,
@@ -223,18 +224,20 @@ class Session(Objective):
     # what survives
 
     def check_free_space(self, state: TrainState) -> None:
-        """Refuse to train where not even one checkpoint fits, which is up to rank 0 as it writes them.
+        """Refuse to train where not even one checkpoint fits; warn where not all of those that are planned do.
+
+        Rank 0 alone looks, as it is the one that writes.
 
         Raises:
             RunError: names the folder, what a checkpoint takes and what is free.
         """
-        folder = self.run.output_dir
-        needed, free = state_bytes(state), free_bytes(folder)
-        if self.run.is_main and free is not None and free < needed:
-            raise RunError(
-                f"a checkpoint takes about {needed / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} MB free; make "
-                "room, or choose another place with --output"
-            )
+        if not self.run.is_main:
+            return
+        room = Room.of(self.config, self.run.output_dir, state_bytes(state))
+        if not room.fits_one:
+            raise RunError(room.problem)
+        if room.problem:
+            logger.warning("%s", room.problem)
 
     @phase("saving")
     def save(self, state: TrainState, names: tuple[str, ...] = (), *, background: bool = False) -> Path:

@@ -16,7 +16,7 @@ from utils.config.facts import (
     short_side,
 )
 from utils.config.keys import KEYS, default_config, flatten, require_known_key
-from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
+from utils.config.loading import ConfigError, load_config, load_stored_config, parse_config, run_folder
 from utils.config.recipe import (
     config_differences,
     config_notices,
@@ -35,6 +35,7 @@ __all__ = [
     "SMALL",
     "as_pair",
     "config_differences",
+    "ConfigError",
     "config_notices",
     "default_config",
     "dump_config",
