@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
@@ -30,7 +31,9 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS_PER_BLOCK = 64
 
 
-def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> DistributedDataParallel:
+def wrap_for_training(
+    model: nn.Module, device: torch.device, *, sync_bn: bool = False, group: dist.ProcessGroup | None = None
+) -> DistributedDataParallel:
     """Wrap ``model`` (on ``device``) for training on all processes; parameters become those of rank 0.
 
     Every process keeps its own BatchNorm statistics: they are averaged where they are used, for evaluation and saving
@@ -40,6 +43,7 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
         model: the bare model; with ``sync_bn`` its BatchNorms are replaced in place.
         device: this process's device.
         sync_bn: normalise by the statistics of all processes' batches (``TRAIN.SYNC_BN``).
+        group: the processes; None for all.
 
     Raises:
         ValueError: ``sync_bn`` on the CPU.
@@ -47,7 +51,7 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
     if sync_bn and device.type == "cpu":
         raise ValueError("TRAIN.SYNC_BN is True, but PyTorch synchronises BatchNorm on GPUs only; switch it off")
     if sync_bn:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
     # Feature maps are in channels_last order, so the gradients of convolutions are too: weights in the same order let
     # DDP reduce them in place.
     convert_conv2d_weight_memory_format(model, torch.channels_last)
@@ -55,7 +59,11 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     unsynced = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     return DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **unsynced
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        process_group=group,
+        gradient_as_bucket_view=True,
+        **unsynced,
     )
 
 
