@@ -194,7 +194,7 @@ def try_updates(config: CfgNode, objective: Objective, run: Run, num_classes: in
     """Build what trains with the batch of ``config`` and do two updates on random images, on this process alone."""
     objective = replace(objective, config=config)
     with group_of_one(run.rank) as group:
-        model, state = build_state(objective, run, num_classes, updates_per_epoch=1, group=group)
+        model, state = build_state(objective, run, num_classes, updates_per_epoch=100, group=group)
         for _ in range(2):
             update(model, state, noise_batches(config, num_classes, count=min(2, objective.accumulation)), objective)
             state.progress.global_step += 1
