@@ -342,3 +342,15 @@ def dump_update(step: int) -> None:
             write_dump(kept["state"], session.metadata, session.run.output_dir, session.loader.dataset.sample_name)
 
     _before(Session, "after_update", act)
+
+
+def room_for(images: int, rank: int) -> None:
+    """Let trial updates of more than ``images`` images run out of memory on one rank."""
+    original = main.try_updates
+
+    def try_updates(config, **options) -> None:
+        original(config, **options)
+        if config.DATA.BATCH_SIZE > images and rank == _rank():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    main.try_updates = try_updates

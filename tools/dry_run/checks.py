@@ -119,7 +119,8 @@ def unreadable(dataset: ImageDataset, indices: Sequence[int]) -> tuple[list[str]
 
 
 def work_out_recipe(config: CfgNode, loader: ImageLoader | None, world_size: int, report: Report) -> None:
-    """Report the updates and images of the whole recipe on so many processes."""
+    """Report the updates and images of the whole recipe on so many processes; with the smallest batch of a plan."""
+    config = batch_choices(config, world_size)[-1]
     accumulation, rate = max(1, config.TRAIN.ACCUMULATION_STEPS), scaled_learning_rates(config, world_size).base
     images = global_batch_size(config, world_size)
     parts = f"{config.DATA.BATCH_SIZE} x {world_size} process(es) x {accumulation}"

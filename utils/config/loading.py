@@ -2,7 +2,8 @@
 
 Order of precedence, lowest first: the defaults, the config's bases, the config file, ``--opts``, the flags of the
 command line. Nothing changes a configuration after ``load_config``; what is known only at run time (number of
-processes, scaled learning rate) lives elsewhere. A configuration is data: no file that it names is ever executed.
+processes, scaled learning rate) lives elsewhere. Planning (docs/PLANNING.md) makes a new one, in which the values that
+follow from memory and speed are written as if by hand. A configuration is data: no file that it names is ever executed.
 """
 
 from collections.abc import Mapping, Sequence

@@ -47,6 +47,7 @@ class StopRequest:
         save_minutes: minutes from one save to the next; 0 for no saves by the clock.
 
     Attributes:
+        started: when the run began, by ``time.monotonic``.
         agreed: why the run is to stop, as of the last ``poll``, or ''.
         exit_code: what the run's process ends with, as of the last ``poll``.
         save_due: whether a save is due, as of the last ``poll``.
@@ -57,9 +58,9 @@ class StopRequest:
         self._code = 0
         self._training = False
         self._save_seconds = 60.0 * save_minutes
-        self._last_save = time.monotonic()
+        self.started = self._last_save = time.monotonic()
         self.save_due = self.failed = False
-        self._deadline = time.monotonic() + 60.0 * max_minutes if max_minutes > 0 else None
+        self._deadline = self.started + 60.0 * max_minutes if max_minutes > 0 else None
         self._previous: dict[int, Any] = {}
         self.agreed = ""
         self.exit_code = 0

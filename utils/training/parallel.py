@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,12 @@ MAX_GRAPHS_PER_BLOCK = 64
 
 
 def wrap_for_training(
-    model: nn.Module, device: torch.device, *, sync_bn: bool = False, grad_compression: str = "none"
+    model: nn.Module,
+    device: torch.device,
+    *,
+    sync_bn: bool = False,
+    grad_compression: str = "none",
+    group: dist.ProcessGroup | None = None,
 ) -> DistributedDataParallel:
     """Wrap ``model`` (on ``device``) for training on all processes; parameters become those of rank 0.
 
@@ -45,6 +51,7 @@ def wrap_for_training(
         sync_bn: normalise by the statistics of all processes' batches (``TRAIN.SYNC_BN``).
         grad_compression: ``bf16`` sends and adds the gradients of several processes in that format
             (``TRAIN.GRAD_COMPRESSION``); the optimizer still gets float32.
+        group: the processes; None for all.
 
     Raises:
         ValueError: ``sync_bn`` on the CPU.
@@ -52,7 +59,7 @@ def wrap_for_training(
     if sync_bn and device.type == "cpu":
         raise ValueError("TRAIN.SYNC_BN is True, but PyTorch synchronises BatchNorm on GPUs only; switch it off")
     if sync_bn:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
     # Feature maps are in channels_last order, so the gradients of convolutions are too: weights in the same order let
     # DDP reduce them in place.
     convert_conv2d_weight_memory_format(model, torch.channels_last)
@@ -60,10 +67,14 @@ def wrap_for_training(
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     unsynced = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     ddp_model = DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **unsynced
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        process_group=group,
+        gradient_as_bucket_view=True,
+        **unsynced,
     )
     if grad_compression == "bf16" and get_world_size() > 1:
-        ddp_model.register_comm_hook(None, bf16_compress_hook)
+        ddp_model.register_comm_hook(group, bf16_compress_hook)
     return ddp_model
 
 
