@@ -19,7 +19,7 @@ from utils.config import CIFAR_DATASETS, run_folder, short_of_updates
 from utils.errors import ImageReadError
 from utils.runtime import usable_cores
 from utils.session import state_bytes
-from utils.training import build_optimizer, global_batch_size, scaled_learning_rates
+from utils.training import batch_choices, build_optimizer, global_batch_size, scaled_learning_rates
 
 _SHOWN = 3  # names in a finding
 
