@@ -163,6 +163,16 @@ def _check_training(config: CfgNode) -> Iterator[Problem]:
                 (f"TRAIN.{key}", "TRAIN.BASE_LR"),
                 f"TRAIN.{key} is {train[key]:g}, larger than TRAIN.BASE_LR, which is {train.BASE_LR:g}",
             )
+    if (
+        train.COMPILE
+        and train.COMPILE_MODE == "reduce-overhead"
+        and (train.ACCUMULATION_STEPS > 1 or train.GLOBAL_BATCH)
+    ):
+        yield Problem(
+            ("TRAIN.COMPILE_MODE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.GLOBAL_BATCH"),
+            "TRAIN.COMPILE_MODE reduce-overhead leaves gradients in memory that the next micro-batch overwrites; take "
+            "TRAIN.COMPILE_MODE default, or TRAIN.ACCUMULATION_STEPS 1 and TRAIN.GLOBAL_BATCH 0",
+        )
     try:
         read_duration(train.TIME_BUDGET)
     except ValueError as error:
