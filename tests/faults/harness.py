@@ -320,6 +320,13 @@ def assert_same_state(path: Path, reference: Path, ignore: Sequence[str] = ()) -
     assert same, f"{path} differs in {differences(path, reference)}"
 
 
+def figures(folder: Path) -> list[dict]:
+    """What metrics.jsonl says about the training, without times."""
+    timed = {"images_per_second", "data_wait", "memory_mib", "seconds"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
 def leftovers(folder: Path) -> list[str]:
     """Temporary files in a folder."""
     return sorted(path.name for path in folder.iterdir() if ".tmp" in path.name)

@@ -18,8 +18,10 @@ from utils.config import (
     dump_config,
     normalisation,
     parse_config,
+    read_duration,
     recipe_differences,
     short_side,
+    value_of,
 )
 from utils.errors import CheckpointError
 from utils.runtime import gather_objects, on_main_process
@@ -27,7 +29,7 @@ from utils.runtime import gather_objects, on_main_process
 logger = logging.getLogger(__name__)
 
 # Keys that may change without permission: the log says so, and every sample is still seen once per epoch.
-_BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")
+_BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.GLOBAL_BATCH")
 # Keys to which the weights of a Strip-MLP belong. Only weights are fitted to another input, not a training state.
 _INPUT_KEYS = ("DATA.IMG_SIZE", "MODEL.STRIP_MLP.IN_CHANS")
 
@@ -74,6 +76,37 @@ def _refuse_newer_elsewhere(store: CheckpointStore) -> None:
             f"rank 0 now and writes the checkpoints. Copy the folder to {main_host}, or give all hosts a common one "
             f"(--output); if it is of an older run, delete it on {host}, or use --tag NEW"
         )
+
+
+def kept_plan(config: CfgNode, path: Path | None, world_size: int) -> dict[str, Any]:
+    """Return the values that were planned for the run of a checkpoint and stay in its continuation. Collective.
+
+    A batch stays with the number of processes that it was planned for, a number of updates with its time budget.
+
+    Args:
+        config: this run's config.
+        path: the checkpoint; None without one.
+        world_size: processes of this run.
+
+    Returns:
+        ``{'SECTION.KEY': value}``; nothing of a file that is not a run's checkpoint.
+    """
+
+    def read() -> dict[str, Any]:
+        payload = load_checkpoint(path, map_location="meta")
+        if "config" not in payload:
+            return {}
+        saved = parse_config(_own_entry(payload, "config", CONFIG, path), str(path))
+        plan = {}
+        if config.TRAIN.GLOBAL_BATCH == saved.TRAIN.GLOBAL_BATCH > 0 and payload["world_size"] == world_size:
+            plan |= {name: value_of(saved, name) for name in ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")}
+        budgets = [read_duration(one.TRAIN.TIME_BUDGET) for one in (config, saved)]
+        if budgets[0] == budgets[1] > 0:
+            plan["TRAIN.UPDATES"] = saved.TRAIN.UPDATES
+        return plan
+
+    planned = config.TRAIN.GLOBAL_BATCH or read_duration(config.TRAIN.TIME_BUDGET)
+    return on_main_process(read) if planned and path is not None else {}
 
 
 def class_names(source: str) -> list[str]:
@@ -224,10 +257,9 @@ def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: 
         saved = parse_config(payload["config"], str(path))
     except ValueError as error:
         raise CheckpointError(f"{path}: its config cannot be used: {' '.join(str(error).split())}") from None
-    if payload["progress"]["epoch"] > saved.TRAIN.EPOCHS:
-        raise CheckpointError(
-            f"{path}: progress.epoch is {payload['progress']['epoch']}, of {saved.TRAIN.EPOCHS} epochs"
-        )
+    most = saved.TRAIN.UPDATES or saved.TRAIN.EPOCHS  # an epoch has at least one update
+    if payload["progress"]["epoch"] > most:
+        raise CheckpointError(f"{path}: progress.epoch is {payload['progress']['epoch']}, of {most} epochs")
     differences = recipe_differences(saved, config)
     blocking = []
     for key, (then, now) in differences.items():

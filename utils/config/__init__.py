@@ -15,8 +15,8 @@ from utils.config.facts import (
     odd_batch_problem,
     short_side,
 )
-from utils.config.keys import KEYS, default_config, flatten, require_known_key
-from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
+from utils.config.keys import KEYS, default_config, flatten, require_known_key, value_of, with_values
+from utils.config.loading import ConfigError, load_config, load_stored_config, parse_config, run_folder
 from utils.config.recipe import (
     config_differences,
     config_notices,
@@ -24,7 +24,7 @@ from utils.config.recipe import (
     recipe_differences,
     short_of_updates,
 )
-from utils.config.values import expand_path, read_arguments
+from utils.config.values import expand_path, read_arguments, read_duration
 
 __all__ = [
     "CROP_RATIO",
@@ -35,6 +35,7 @@ __all__ = [
     "SMALL",
     "as_pair",
     "config_differences",
+    "ConfigError",
     "config_notices",
     "default_config",
     "dump_config",
@@ -49,10 +50,13 @@ __all__ = [
     "parse",
     "parse_config",
     "read_arguments",
+    "read_duration",
     "recipe_deviations",
     "recipe_differences",
     "require_known_key",
     "run_folder",
     "short_of_updates",
     "short_side",
+    "value_of",
+    "with_values",
 ]

@@ -14,7 +14,7 @@ from utils.runtime.distributed import (
 )
 from utils.runtime.failures import phase
 from utils.runtime.files import atomic_file, free_bytes, link_or_copy, set_aside, side_file, write_text_atomic
-from utils.runtime.hardware import cpu_features, crowding_advice, describe_cpu
+from utils.runtime.hardware import cpu_features, crowding_advice, describe_cpu, free_memory
 from utils.runtime.launch import select_device
 from utils.runtime.processes import once_per_machine, usable_cores
 from utils.runtime.random_state import (
@@ -37,6 +37,7 @@ __all__ = [
     "crowding_advice",
     "describe_cpu",
     "free_bytes",
+    "free_memory",
     "gather_objects",
     "get_local_world_size",
     "get_rank",
