@@ -18,7 +18,7 @@ from utils.checkpoint.files import (
     write_checkpoint,
 )
 from utils.errors import CheckpointError
-from utils.runtime import on_main_process
+from utils.runtime import on_main_process, phase
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class CheckpointStore:
             writing, self._writing = self._writing, None
             writing.result()
 
+    @phase("saving")
     def _write(self, path: Path, payload: dict[str, Any], names: tuple[str, ...]) -> None:
         started = time.monotonic()
         _refuse_nonfinite(payload, path)
