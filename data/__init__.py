@@ -8,11 +8,20 @@ from data.images.decode import convert_image, decode_image, jpeg_complaint
 from data.images.transforms import build_transform, check_transform
 from data.loading.collate import collate
 from data.loading.loader import ImageLoader
+from data.sources.base import FileSource, FolderSource
 from data.sources.holdout import HeldOut, held_out_images
-from data.sources.listing import expanded_path, list_images, read_image_file
+from data.sources.listing import class_folders, expanded_path, list_images, read_image_file
+from data.sources.ranges import is_address
+from data.sources.shards import INDEX, SAMPLES, Shard, ShardSource, is_shard_set, part_of, write_index
 
 __all__ = [
+    "FileSource",
+    "FolderSource",
     "HeldOut",
+    "INDEX",
+    "SAMPLES",
+    "Shard",
+    "ShardSource",
     "ImageDataset",
     "ImageLoader",
     "build_batch_transform",
@@ -22,6 +31,7 @@ __all__ = [
     "build_val_loader",
     "check_data",
     "check_transform",
+    "class_folders",
     "collate",
     "convert_image",
     "data_facts",
@@ -29,7 +39,11 @@ __all__ = [
     "describe_classes",
     "expanded_path",
     "held_out_images",
+    "is_address",
+    "is_shard_set",
     "jpeg_complaint",
     "list_images",
+    "part_of",
     "read_image_file",
+    "write_index",
 ]

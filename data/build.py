@@ -28,6 +28,8 @@ from data.sources.csv import CsvSource, csv_classes
 from data.sources.holdout import hold_out
 from data.sources.layout import check_layout
 from data.sources.listing import class_folders
+from data.sources.shards import ShardSource, part_of
+from data.sources.timm_reader import PREFIX, timm_source
 from data.sources.zip import ZipSource
 from utils.config import CIFAR_DATASETS, as_pair
 from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cores
@@ -113,6 +115,8 @@ def _build_source(config: CfgNode, part: str) -> Source:
     images = {"as_array": data.PIPELINE == "fast", "channels": config.MODEL.STRIP_MLP.IN_CHANS}
     if data.DATASET == "digits":
         return digits_source(is_train=is_train, **images)
+    if data.DATASET.startswith(PREFIX):
+        return timm_source(config, part, **images)
     if not data.DATA_PATH:
         raise ValueError(f"DATA.DATASET {data.DATASET!r} needs DATA.DATA_PATH (--data-path): where are the images?")
     if not data.HOLDOUT:
@@ -121,6 +125,8 @@ def _build_source(config: CfgNode, part: str) -> Source:
         return cifar_source(data.DATASET, data.DATA_PATH, is_train=is_train, download=data.DOWNLOAD, **images)
     if data.ZIP_MODE:
         source = ZipSource(data.DATA_PATH, part, cache_mode=data.CACHE_MODE, **images)
+    elif data.DATASET == "shards":
+        source = ShardSource(part_of(data.DATA_PATH, part), **images)
     else:
         source = _file_source(config, part, **images)
     root = Path(data.DATA_PATH)

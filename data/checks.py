@@ -44,7 +44,7 @@ def check_data(
             problems += [f"{part}: {problem}" for problem in found]
     if train_dataset is not None and val_dataset is not None:
         problems += _difference_problems(train_dataset.classes, val_dataset.classes)
-        if config.DATA.DATASET == "csv":
+        if config.DATA.DATASET == "csv" or config.DATA.DATASET.startswith("timm:"):
             _warn_of_shared_images(train_dataset, val_dataset)
     if train_dataset is not None:
         problems += _batch_problems(config, len(train_dataset), world_size or get_world_size())
@@ -79,7 +79,7 @@ def data_facts(config: CfgNode, **parts: ImageDataset) -> dict[str, Any]:
 
 
 def _warn_of_shared_images(train: ImageDataset, val: ImageDataset) -> None:
-    """Warn where images are for training and for validation, which folders cannot be but lists of files can."""
+    """Warn where images are for training and for validation, which lists of files, and splits of timm, can be."""
     names = {train.sample_name(index) for index in range(len(train))}
     shared = [name for name in map(val.sample_name, range(len(val))) if name in names]
     if shared:

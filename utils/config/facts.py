@@ -5,7 +5,7 @@ from yacs.config import CfgNode
 FOLDER_DATASETS = ("imagenet", "imagenet-1k", "101_ObjectCategories", "caltech101", "folder")
 CIFAR_DATASETS = ("CIFAR10", "CIFAR100")
 FILE_DATASETS = (*FOLDER_DATASETS, "csv")
-DATASETS = (*FILE_DATASETS, *CIFAR_DATASETS, "digits")
+DATASETS = (*FILE_DATASETS, "shards", *CIFAR_DATASETS, "digits", "timm:NAME")
 
 
 def mixes(config: CfgNode) -> bool:

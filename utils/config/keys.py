@@ -127,9 +127,13 @@ NOT_COMPILED = when("TRAIN.COMPILE", False)
 _ROWS = (
     Key("DATA.BATCH_SIZE", 64, "images per process and forward pass",
         "[1, 65536]", idle_when=PLANNED_BATCH, flag="--batch-size N"),
-    Key("DATA.DATA_PATH", "", "folder of the data set: with train/ and val/, or where the CIFAR files are",
-        affects="nothing", flag="--data-path DIR", is_path=True),
+    Key("DATA.DATA_PATH", "", "folder of the data set: with train/ and val/, or where the CIFAR files are; of shards, "
+        "also an address", affects="nothing", flag="--data-path DIR", is_path=True),
     Key("DATA.DATASET", "imagenet", "name of the data set", "|".join(DATASETS), flag="--dataset NAME"),
+    Key("DATA.TIMM_OPTIONS", "", "arguments of timm's create_dataset, such as input_key='img', val_split='test'; "
+        "known: train_split, val_split, class_map, input_key, target_key",
+        idle_when=Idle("DATA.DATASET is not timm:NAME", lambda config: not config.DATA.DATASET.startswith("timm:")),
+        ours=True),
     Key("DATA.HOLDOUT", 0.0, "share of each class of the training images that is held out for validation, where there "
         "is no validation set; 0 = off", "[0, 1)", ours=True),
     Key("DATA.SAMPLER", "shuffle", "order of an epoch: every image once, or each class equally often",

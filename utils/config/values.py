@@ -25,7 +25,8 @@ def convert(value: Any, default: Any, choices: Sequence[str] = (), *, any_length
     Args:
         value: text, a list of texts, or a value of the right type.
         default: a value of the type that is wanted.
-        choices: known values of a text; upper and lower case do not matter, the spelling here is returned.
+        choices: known values of a text; upper and lower case do not matter, the spelling here is returned. After the
+            colon of ``timm:NAME`` anything may follow.
         any_length: a list may have another length than the default, but not be empty.
 
     Raises:
@@ -142,6 +143,10 @@ def _to_choice(text: str, choices: Sequence[str]) -> str:
     by_lower = {choice.lower(): choice for choice in choices}
     if text.lower() in by_lower:
         return by_lower[text.lower()]
+    for choice in choices:
+        prefix = choice.removesuffix("NAME")
+        if prefix.endswith(":") and text.lower().startswith(prefix) and text != prefix:
+            return prefix + text[len(prefix) :]
     known = ", ".join(choice or "''" for choice in choices)
     raise ValueError(f"{reprlib.repr(text)} is unknown; known: {known}{did_you_mean(text, filter(None, choices))}")
 
