@@ -56,7 +56,6 @@ from utils.runtime import (
     SAME_FILES,
     Run,
     StopRequest,
-    get_world_size,
     on_main_process,
     phase,
     require_agreement,
@@ -156,7 +155,8 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
 @phase("reading the data")
 def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     """Build everything around the model. Problems with settings and data are found here, before the model is built."""
-    return assemble_session(config, run, stop, *check_and_load(config, run.device))
+    least = batch_choices(config, run.world_size)[-1]
+    return assemble_session(config, run, stop, *check_and_load(least, run.device))
 
 
 def check_and_load(
@@ -168,8 +168,6 @@ def check_and_load(
 ) -> tuple[ImageLoader | None, ImageLoader | None]:
     """Check settings and data, which takes no measuring; return the loaders of training and validation.
 
-    With ``TRAIN.GLOBAL_BATCH``, they have the smallest batch that it allows.
-
     Args:
         config: the configuration.
         device: where the run computes.
@@ -178,8 +176,6 @@ def check_and_load(
             None then.
     """
     loader = val_loader = None
-    with part("batch"):
-        config = batch_choices(config, world_size or get_world_size())[-1]
     with part("transform"):
         check_transform(config)
     with part("model"):
@@ -199,7 +195,7 @@ def check_and_load(
 def assemble_session(
     config: CfgNode, run: Run, stop: StopRequest, loader: ImageLoader, val_loader: ImageLoader
 ) -> Session:
-    """Put together what surrounds the model, with data that have been checked, and plan the batch. Collective."""
+    """Put together what surrounds the model, with loaders that have been checked, and plan the batch if asked to."""
     dataset, val_dataset = loader.dataset, val_loader.dataset
     held_out = held_out_images(config, val_dataset)
     metadata = checkpoint_metadata(config, dataset.classes, len(dataset), held_out and held_out.digest)
@@ -214,28 +210,24 @@ def assemble_session(
         remedy=SAME_FILES,
     )
     store = CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP)
-    with phase("loading the starting point"):
-        start = starting_point(config, store, restarted=run.restarted)
-    config = plan_batch(
-        batch_choices(config, run.world_size),
-        kept_plan(config, start, run.world_size),
-        run,
-        len(dataset),
-        needed=partial(check_model, device=run.device),
-        two_updates=partial(try_updates, objective=objective, run=run, num_classes=len(dataset.classes)),
-    )
+    kept = kept_plan(config, store, run.world_size, restarted=run.restarted)
+    two_updates = partial(try_updates, objective=objective, run=run, num_classes=len(dataset.classes))
+    needed = partial(check_model, device=run.device)
+    config = plan_batch(config, kept, run, len(dataset), needed=needed, two_updates=two_updates)
+    if config.TRAIN.GLOBAL_BATCH:
+        loader = build_train_loader(config, device=run.device, dataset=dataset)
+        val_loader = build_val_loader(config, device=run.device, dataset=val_dataset)
     session = Session(
         **vars(objective) | {"config": config},
         run=run,
-        loader=build_train_loader(config, device=run.device, dataset=dataset),
-        val_loader=build_val_loader(config, device=run.device, dataset=val_dataset),
+        loader=loader,
+        val_loader=val_loader,
         val_transform=build_batch_transform(config, is_train=False, device=run.device, rank=run.rank),
         store=store,
         stop=stop,
         watcher=Watcher(config.LOGGER, run.output_dir, is_main=run.is_main),
         metadata=metadata,
         budget=TimeBudget(read_duration(config.TRAIN.TIME_BUDGET), stop.started),
-        start=start,
     )
     return with_config(session, config)
 
@@ -336,11 +328,7 @@ def build_state(
     model = build_model(config, num_classes).to(run.device)
     model = accelerate(model, run.device, lean=config.TRAIN.LEAN)
     ddp_model = wrap_for_training(
-        model,
-        run.device,
-        sync_bn=config.TRAIN.SYNC_BN,
-        grad_compression=config.TRAIN.GRAD_COMPRESSION,
-        group=group,
+        model, run.device, sync_bn=config.TRAIN.SYNC_BN, grad_compression=config.TRAIN.GRAD_COMPRESSION, group=group
     )
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)
@@ -368,7 +356,8 @@ def build_state(
 @phase("loading the starting point")
 def load_starting_point(state: TrainState, session: Session, allow_change: Sequence[str]) -> None:
     """Fill the state: from ``--resume``, else the run's own newest checkpoint, else ``--pretrained``, else nothing."""
-    config, path = session.config, session.start
+    config = session.config
+    path = starting_point(config, session.store, restarted=session.run.restarted)
     if path is not None:
         session.resume(state, path, allow_change)
         if config.MODEL.PRETRAINED:

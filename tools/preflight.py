@@ -30,6 +30,7 @@ from tools.dry_run.report import Report
 from utils.config import ConfigError, parse
 from utils.errors import RunError
 from utils.runtime import Run, start_run
+from utils.training import batch_choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +57,8 @@ def check(config: CfgNode, run: Run, args: argparse.Namespace, report: Report) -
     """Check, measure and predict; the report holds what was found."""
     world_size = args.pretend_world
     report.figures["processes"] = world_size
+    with report.part("batch"):
+        config = batch_choices(config, world_size)[-1]  # with TRAIN.GLOBAL_BATCH, the smallest that a run may take
     _say("checking settings and data")
     loaders = check_settings_and_data(config, run.device, world_size, report)
     with report.part("images"):

@@ -89,11 +89,7 @@ class LogClock:
 
 @dataclass(frozen=True, kw_only=True)
 class Session(Objective):
-    """What the loop needs besides the state; nothing in here has to survive a crash, the config rebuilds it.
-
-    Attributes:
-        start: the checkpoint that the run continues from.
-    """
+    """What the loop needs besides the state; nothing in here has to survive a crash, the config rebuilds it."""
 
     run: Run
     loader: DataLoader
@@ -105,7 +101,6 @@ class Session(Objective):
     watcher: Watcher
     log_clock: LogClock = field(default_factory=LogClock)
     budget: TimeBudget = field(default_factory=TimeBudget)
-    start: Path | None = None
 
     def __enter__(self) -> "Session":
         return self

@@ -19,7 +19,7 @@ from utils.config import CIFAR_DATASETS, run_folder, short_of_updates
 from utils.errors import ImageReadError
 from utils.runtime import usable_cores
 from utils.session import state_bytes
-from utils.training import batch_choices, build_optimizer, global_batch_size, scaled_learning_rates
+from utils.training import build_optimizer, global_batch_size, scaled_learning_rates
 
 _SHOWN = 3  # names in a finding
 
@@ -119,8 +119,7 @@ def unreadable(dataset: ImageDataset, indices: Sequence[int]) -> tuple[list[str]
 
 
 def work_out_recipe(config: CfgNode, loader: ImageLoader | None, world_size: int, report: Report) -> None:
-    """Report the updates and images of the whole recipe on so many processes; with the smallest batch of a plan."""
-    config = batch_choices(config, world_size)[-1]
+    """Report the updates and images of the whole recipe on so many processes."""
     accumulation, rate = max(1, config.TRAIN.ACCUMULATION_STEPS), scaled_learning_rates(config, world_size).base
     images = global_batch_size(config, world_size)
     parts = f"{config.DATA.BATCH_SIZE} x {world_size} process(es) x {accumulation}"

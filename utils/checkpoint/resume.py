@@ -78,19 +78,21 @@ def _refuse_newer_elsewhere(store: CheckpointStore) -> None:
         )
 
 
-def kept_plan(config: CfgNode, path: Path | None, world_size: int) -> dict[str, Any]:
-    """Return the values that were planned for the run of a checkpoint and stay in its continuation. Collective.
+def kept_plan(config: CfgNode, store: CheckpointStore, world_size: int, *, restarted: bool = False) -> dict[str, Any]:
+    """Return the values that were planned for the run of the starting point and stay in its continuation. Collective.
 
     A batch stays with the number of processes that it was planned for, a number of updates with its time budget.
 
     Args:
         config: this run's config.
-        path: the checkpoint; None without one.
+        store, restarted: see ``starting_point``.
         world_size: processes of this run.
 
     Returns:
         ``{'SECTION.KEY': value}``; nothing of a file that is not a run's checkpoint.
     """
+    planned = config.TRAIN.GLOBAL_BATCH or read_duration(config.TRAIN.TIME_BUDGET)
+    path = starting_point(config, store, restarted=restarted) if planned else None
 
     def read() -> dict[str, Any]:
         payload = load_checkpoint(path, map_location="meta")
@@ -105,8 +107,7 @@ def kept_plan(config: CfgNode, path: Path | None, world_size: int) -> dict[str, 
             plan["TRAIN.UPDATES"] = saved.TRAIN.UPDATES
         return plan
 
-    planned = config.TRAIN.GLOBAL_BATCH or read_duration(config.TRAIN.TIME_BUDGET)
-    return on_main_process(read) if planned and path is not None else {}
+    return on_main_process(read) if path is not None else {}
 
 
 def class_names(source: str) -> list[str]:
