@@ -50,6 +50,7 @@ def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[Costs]:
         return MEASURED
 
     monkeypatch.setattr(main, "rehearse", rehearse)
+    monkeypatch.setattr("utils.rehearsal.REHEARSAL_SECONDS", 0.1)
     return measured
 
 
