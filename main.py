@@ -8,8 +8,8 @@ Read ``train`` for the order of a run, ``train_one_epoch`` for the loop, ``accum
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,12 +26,13 @@ from yacs.config import CfgNode
 import main_eval
 from data import (
     ImageDataset,
+    ImageLoader,
     build_batch_transform,
-    build_dataset,
     build_train_loader,
     build_val_loader,
     check_data,
     check_transform,
+    data_facts,
     describe_classes,
     held_out_images,
 )
@@ -43,13 +44,24 @@ from utils.checkpoint import (
     kept_plan,
     load_teacher,
     load_weights,
+    resolve_source,
+    sha256,
     starting_point,
     warn_preprocessing,
     weight_options,
 )
 from utils.config import dump_config, parse, read_duration, short_of_updates
 from utils.rehearsal import group_of_one, noise_batches, plan_batch, rehearse
-from utils.runtime import Run, StopRequest, on_main_process, start_run, torch_random_state
+from utils.runtime import (
+    SAME_FILES,
+    Run,
+    StopRequest,
+    on_main_process,
+    phase,
+    require_agreement,
+    start_run,
+    torch_random_state,
+)
 from utils.session import Batch, Objective, Session, located_errors, update_groups
 from utils.training import (
     Costs,
@@ -127,9 +139,10 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
         with located_errors(session, state):
             row = train_one_epoch(model, state, session)
             finished = not session.stop.agreed and finish_epoch(state, session, row)
-        if not finished:
-            preempt(state, session)
-            return
+            if not finished:
+                preempt(state, session)
+                return
+    session.store.finish()
     logger.info(
         "done: best top-1 %.2f %% after epoch %d; checkpoints, metrics.jsonl and curves.png in %s",
         progress.best_acc1,
@@ -139,39 +152,82 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     run.write_status("completed", step=progress.global_step, epoch=progress.epoch, best_acc1=progress.best_acc1)
 
 
+@phase("reading the data")
 def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     """Build everything around the model. Problems with settings and data are found here, before the model is built."""
-    choices = batch_choices(config, run.world_size)
-    check_transform(config)
-    check_model(choices[-1], run.device)
-    check_compiler(config, run.device)
-    dataset, val_dataset = build_dataset(config, is_train=True), build_dataset(config, is_train=False, augment=False)
-    check_data(choices[-1], dataset, val_dataset)
+    least = batch_choices(config, run.world_size)[-1]
+    return assemble_session(config, run, stop, *check_and_load(least, run.device))
+
+
+def check_and_load(
+    config: CfgNode,
+    device: torch.device,
+    *,
+    world_size: int | None = None,
+    part: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+) -> tuple[ImageLoader | None, ImageLoader | None]:
+    """Check settings and data, which takes no measuring; return the loaders of training and validation.
+
+    Args:
+        config: the configuration.
+        device: where the run computes.
+        world_size: number of processes to check for; None: of this run.
+        part: context for a part of the checks. tools/preflight.py goes on after an error; what could not be loaded is
+            None then.
+    """
+    loader = val_loader = None
+    with part("transform"):
+        check_transform(config)
+    with part("model"):
+        check_model(config, device)
+    with part("compiler"):
+        check_compiler(config, device)
+    with part("training images"):
+        loader = build_train_loader(config, device=device)
+    with part("validation images"):
+        val_loader = build_val_loader(config, device=device)
+    with part("classes and batch"):
+        datasets = [each if each is None else each.dataset for each in (loader, val_loader)]
+        check_data(config, *datasets, world_size=world_size)
+    return loader, val_loader
+
+
+def assemble_session(
+    config: CfgNode, run: Run, stop: StopRequest, loader: ImageLoader, val_loader: ImageLoader
+) -> Session:
+    """Put together what surrounds the model, with loaders that have been checked, and plan the batch if asked to."""
+    dataset, val_dataset = loader.dataset, val_loader.dataset
     held_out = held_out_images(config, val_dataset)
     metadata = checkpoint_metadata(config, dataset.classes, len(dataset), held_out and held_out.digest)
     objective = build_objective(config, run, metadata, dataset)
-    store = CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP)
-    start = starting_point(config, store)
-    config = plan_batch(
-        choices,
-        kept_plan(config, start, run.world_size),
-        run,
-        len(dataset),
-        needed=partial(check_model, device=run.device),
-        two_updates=partial(try_updates, objective=objective, run=run, num_classes=len(dataset.classes)),
+    if objective.teacher is not None:
+        metadata["teacher"] = objective.teacher.digest
+    require_agreement(
+        lambda: {
+            **data_facts(config, train=dataset, val=val_dataset),
+            "weights of the teacher": metadata.get("teacher"),
+        },
+        remedy=SAME_FILES,
     )
+    store = CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP)
+    kept = kept_plan(config, store, run.world_size, restarted=run.restarted)
+    two_updates = partial(try_updates, objective=objective, run=run, num_classes=len(dataset.classes))
+    needed = partial(check_model, device=run.device)
+    config = plan_batch(config, kept, run, len(dataset), needed=needed, two_updates=two_updates)
+    if config.TRAIN.GLOBAL_BATCH:
+        loader = build_train_loader(config, device=run.device, dataset=dataset)
+        val_loader = build_val_loader(config, device=run.device, dataset=val_dataset)
     session = Session(
         **vars(objective) | {"config": config},
         run=run,
-        loader=build_train_loader(config, device=run.device, dataset=dataset),
-        val_loader=build_val_loader(config, device=run.device, dataset=val_dataset),
+        loader=loader,
+        val_loader=val_loader,
         val_transform=build_batch_transform(config, is_train=False, device=run.device, rank=run.rank),
         store=store,
         stop=stop,
         watcher=Watcher(config.LOGGER, run.output_dir, is_main=run.is_main),
-        metadata=metadata if objective.teacher is None else {**metadata, "teacher": objective.teacher.digest},
+        metadata=metadata,
         budget=TimeBudget(read_duration(config.TRAIN.TIME_BUDGET), stop.started),
-        start=start,
     )
     return with_config(session, config)
 
@@ -247,6 +303,7 @@ def log_data(session: Session) -> None:
         logger.warning("%s", warning)
 
 
+@phase("building the model")
 def build_training(session: Session) -> tuple[DistributedDataParallel, TrainState]:
     """Build the model, its distributed wrapper and what trains it; the state holds the bare model."""
     config, run = session.config, session.run
@@ -270,7 +327,9 @@ def build_state(
     config, precision = objective.config, objective.precision
     model = build_model(config, num_classes).to(run.device)
     model = accelerate(model, run.device, lean=config.TRAIN.LEAN)
-    ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN, group=group)
+    ddp_model = wrap_for_training(
+        model, run.device, sync_bn=config.TRAIN.SYNC_BN, grad_compression=config.TRAIN.GRAD_COMPRESSION, group=group
+    )
     lrs = scaled_learning_rates(config, run.world_size)
     optimizer = build_optimizer(config, model, lrs.base)
     scheduler = build_scheduler(config, optimizer, lrs, updates_per_epoch)
@@ -294,14 +353,18 @@ def build_state(
     return ddp_model, state
 
 
+@phase("loading the starting point")
 def load_starting_point(state: TrainState, session: Session, allow_change: Sequence[str]) -> None:
     """Fill the state: from ``--resume``, else the run's own newest checkpoint, else ``--pretrained``, else nothing."""
-    config, path = session.config, session.start
+    config = session.config
+    path = starting_point(config, session.store, restarted=session.run.restarted)
     if path is not None:
         session.resume(state, path, allow_change)
         if config.MODEL.PRETRAINED:
             logger.info("--pretrained %s is not read: the run goes on from a checkpoint", config.MODEL.PRETRAINED)
     elif config.MODEL.PRETRAINED:
+        source = resolve_source(config.MODEL.PRETRAINED)
+        require_agreement(lambda: {"MODEL.PRETRAINED (SHA-256)": sha256(source)}, remedy=SAME_FILES)
         _, metadata = load_weights(
             state.model,
             config.MODEL.PRETRAINED,
@@ -320,6 +383,7 @@ def load_starting_point(state: TrainState, session: Session, allow_change: Seque
     session.store.set_aside_beyond(state.progress.global_step)
 
 
+@phase("training")
 def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: Session) -> dict[str, Any]:
     """Train on what is left of the epoch in progress; return its figures for ``metrics.jsonl``.
 
@@ -407,6 +471,7 @@ def update_record(progress: Progress, group: list[Batch]) -> dict[str, Any]:
     }
 
 
+@phase("finishing the epoch")
 def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bool:
     """Evaluate, remember the best, report and save.
 
@@ -439,10 +504,11 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
         session.watcher.figures("epoch", row, progress.global_step)
         session.watcher.histogram(progress.global_step)
     milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == session.epochs else ()
-    session.save(state, (*((BEST,) if is_best else ()), *milestone))
+    session.save(state, (*((BEST,) if is_best else ()), *milestone), background=True)
     return True
 
 
+@phase("evaluating")
 def validate(state: TrainState, session: Session) -> EvalResult | None:
     """Evaluate the model, or its averaged weights if there are any, on the whole validation set; None after a stop."""
     model = state.eval_model

@@ -5,7 +5,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -37,6 +37,7 @@ from utils.training import (
     TrainState,
     UpdateTimer,
     Watcher,
+    batch_choices,
     global_batch_size,
     largest_fitting,
     log_batch,
@@ -71,7 +72,7 @@ def without_trace() -> Iterator[None]:
 
 
 def plan_batch(
-    choices: Sequence[CfgNode],
+    config: CfgNode,
     kept: dict[str, Any],
     run: Run,
     num_samples: int,
@@ -82,16 +83,16 @@ def plan_batch(
     """Return the configuration that the run goes on with; its batch is the largest that fits. Collective.
 
     Args:
-        choices: configurations from the largest batch down (``batch_choices``).
+        config: the configuration as given.
         kept: what was planned before and stays (``kept_plan``).
         run: whose processes have to fit.
         num_samples: images of the training set.
         needed, two_updates: see ``fits_memory``.
     """
-    config = choices[0]
     if config.TRAIN.GLOBAL_BATCH:
         if "DATA.BATCH_SIZE" not in kept:
             fits = partial(fits_memory, device=run.device, needed=needed, two_updates=two_updates)
+            choices = batch_choices(config, run.world_size)
             config = largest_fitting(small_enough(choices, run.world_size, num_samples), fits)
         config = with_values(config, kept)
         log_batch(config, run.world_size, num_samples)
@@ -244,7 +245,10 @@ def rehearse(
         evaluation, result = _time_evaluation(partial(validate, state, rehearsal), rehearsal, seconds)
         row = {"epoch": 1, "step": 1, "lr": state.learning_rate, "best_acc1": 0.0, **row}
         records = _seconds(lambda: record_epoch(run.output_dir, row, result) if run.is_main else None)
-        save = _seconds(lambda: rehearsal.save(state))
+        began = time.perf_counter()
+        rehearsal.save(state, background=True)
+        save = time.perf_counter() - began
+        rehearsal.store.finish()
     restore(state, before, session.run.output_dir)
     state.guard.history.clear()
     return broadcast_object(Costs(update, row["data_wait"], start + records, evaluation, save))

@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 from utils.checkpoint import (
     LAST,
     CheckpointStore,
+    Room,
     capture,
     check_continuation,
     read_training_state,
@@ -28,7 +29,7 @@ from utils.checkpoint import (
     write_dump,
 )
 from utils.errors import NonFiniteError, RunError, one_line
-from utils.runtime import Run, StopRequest, free_bytes, gather_objects
+from utils.runtime import Run, StopRequest, gather_objects, load_on_main_process, phase
 from utils.training import (
     Precision,
     Progress,
@@ -43,7 +44,6 @@ from utils.training import (
 
 logger = logging.getLogger(__name__)
 
-SLOW_SAVE_SECONDS = 20
 LOG_SECONDS = 30.0  # the longest time without a log line, if updates take less
 _WORKER_DEATH = re.compile("DataLoader worker.*(killed by signal|exited unexpectedly)")
 
@@ -89,11 +89,7 @@ class LogClock:
 
 @dataclass(frozen=True, kw_only=True)
 class Session(Objective):
-    """What the loop needs besides the state; nothing in here has to survive a crash, the config rebuilds it.
-
-    Attributes:
-        start: the checkpoint that the run continues from.
-    """
+    """What the loop needs besides the state; nothing in here has to survive a crash, the config rebuilds it."""
 
     run: Run
     loader: DataLoader
@@ -105,16 +101,16 @@ class Session(Objective):
     watcher: Watcher
     log_clock: LogClock = field(default_factory=LogClock)
     budget: TimeBudget = field(default_factory=TimeBudget)
-    start: Path | None = None
 
     def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Stop the data workers and close the logger."""
+        """Stop the data workers, close the logger, and let a checkpoint that is being written become complete."""
         self.watcher.close()
         self.loader.close()
         self.val_loader.close()
+        self.store.close()
 
     # the position in the run
 
@@ -203,12 +199,14 @@ class Session(Objective):
             )
             self.watcher.figures("train", figures, state.progress.global_step)
             self.log_clock.restart()
-        if self.stop.poll():
+        if self.stop.poll(failed=self.store.failed):
             return True
+        if self.stop.failed:
+            self.store.finish()
         save_steps = self.config.TRAIN.SAVE_STEPS
         due = self.stop.save_due or (save_steps and state.progress.global_step % save_steps == 0)
         if due and not state.guard.last_skipped():
-            self.save(state)
+            self.save(state, background=True)
         return False
 
     def check_due(self, done: int) -> bool:
@@ -225,6 +223,7 @@ class Session(Objective):
         try:
             state.guard.check(self.position_text(state.progress))
         except NonFiniteError as error:
+            self.store.finish()
             folder = self.run.output_dir
             path = write_dump(state, self.metadata, folder, self.loader.dataset.sample_name)
             last = folder / LAST
@@ -242,47 +241,44 @@ class Session(Objective):
     # what survives
 
     def check_free_space(self, state: TrainState) -> None:
-        """Refuse to train where not even one checkpoint fits.
+        """Refuse to train where not even one checkpoint fits; warn where not all of those that are planned do.
+
+        Rank 0 alone looks, as it is the one that writes.
 
         Raises:
             RunError: names the folder, what a checkpoint takes and what is free.
         """
-        folder = self.run.output_dir
-        needed, free = state_bytes(state), free_bytes(folder)
-        if free is not None and free < needed:
-            raise RunError(
-                f"a checkpoint takes about {needed / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} MB free; make "
-                "room, or choose another place with --output"
-            )
+        if not self.run.is_main:
+            return
+        room = Room.of(self.config, self.run.output_dir, state_bytes(state))
+        if not room.fits_one:
+            raise RunError(room.problem)
+        if room.problem:
+            logger.warning("%s", room.problem)
 
-    def save(self, state: TrainState, names: tuple[str, ...] = ()) -> Path:
-        """Write the state as the newest checkpoint and under ``names``; return its path. Collective."""
-        started = time.monotonic()
+    @phase("saving")
+    def save(self, state: TrainState, names: tuple[str, ...] = (), *, background: bool = False) -> Path:
+        """Write the state as the newest checkpoint and under ``names``; return its path. Collective.
+
+        ``background``: only copy it; it is written while training goes on. See ``CheckpointStore.save``.
+        """
         used = {"seconds_used": self.budget.used} if self.budget.seconds else {}
-        path = self.store.save(capture(state, {**self.metadata, **used}), names)
+        path = self.store.save(capture(state, {**self.metadata, **used}), names, background=background)
         self.stop.saved()
-        seconds = time.monotonic() - started
-        logger.info("saved %s (%.1f s)", ", ".join((path.name, *names)), seconds)
-        if seconds > SLOW_SAVE_SECONDS:
-            logger.warning(
-                "saving took %.0f s; torchrun kills a stopping run after 30 s unless told otherwise "
-                "(--shutdown-timeout), so write to a faster disk or ask for the stop earlier",
-                seconds,
-            )
         return path
 
     def resume(self, state: TrainState, path: Path, allowed: Collection[str]) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint. Collective.
 
         Args:
             state: what to fill.
-            path: the checkpoint.
+            path: the checkpoint; only rank 0 reads it, the others need not see it.
             allowed: keys of the recipe that may differ (``--allow-change KEY``).
 
         Raises:
             CheckpointError: the file is damaged, or belongs to another recipe, data set, model or optimizer.
         """
-        payload = read_training_state(path)
+        payload = load_on_main_process(lambda: read_training_state(path))
         check_continuation(self.config, self.metadata, payload, path, allowed)
         restore(state, payload, path)
         self.budget.continue_from(payload.get("seconds_used", 0.0))
@@ -312,10 +308,11 @@ def located_errors(session: Session, state: TrainState) -> Iterator[None]:
     except Exception as error:
         position = session.position_text(state.progress)
         if _WORKER_DEATH.search(str(error)) and not isinstance(error, RunError):
-            raise RunError(
-                f"{one_line(error)} A data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
-                f"container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; at {position}"
-            ) from error
+            with phase(getattr(error, "phase", "training")):
+                raise RunError(
+                    f"{one_line(error)} A data worker that is killed was most likely out of memory (RAM, or /dev/shm "
+                    f"in a container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; at {position}"
+                ) from error
         if position not in str(error):
             error.add_note(f"at {position}")
         raise

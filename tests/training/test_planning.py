@@ -16,7 +16,8 @@ from tests.faults.harness import assert_same_state, step_file
 from tests.tiny_run import TinyRun
 from utils.checkpoint.files import load_checkpoint
 from utils.checkpoint.resume import kept_plan
-from utils.config import parse_config
+from utils.checkpoint.store import CheckpointStore
+from utils.config import parse_config, with_values
 from utils.config.values import read_duration
 from utils.errors import RunError
 from utils.training import planning
@@ -152,8 +153,9 @@ def test_a_planned_batch_trains_to_the_bits_of_one_written_by_hand(
     assert_same_state(resumed / "checkpoint_last.pth", by_hand / "checkpoint_last.pth")
     config = parse_config(load_checkpoint(middle)["config"], "it")
     assert (config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.GLOBAL_BATCH) == (4, 2, 8)
-    assert kept_plan(config, middle, 1) == {"DATA.BATCH_SIZE": 4, "TRAIN.ACCUMULATION_STEPS": 2}
-    assert kept_plan(config, middle, 2) == {}  # another number of processes plans anew
+    config, store = with_values(config, {"MODEL.RESUME": str(middle)}), CheckpointStore(resumed, 2)
+    assert kept_plan(config, store, 1) == {"DATA.BATCH_SIZE": 4, "TRAIN.ACCUMULATION_STEPS": 2}
+    assert kept_plan(config, store, 2) == {}  # another number of processes plans anew
 
 
 def test_other_errors_of_a_trial_are_not_taken_for_a_lack_of_memory(

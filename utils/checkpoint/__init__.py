@@ -18,6 +18,7 @@ from utils.checkpoint.resume import (
     stored_config,
     warn_preprocessing,
 )
+from utils.checkpoint.room import Room
 from utils.checkpoint.store import BEST, LAST, CheckpointStore
 from utils.checkpoint.teacher import load_teacher
 from utils.checkpoint.weights import load_weights, weight_options
@@ -43,6 +44,7 @@ __all__ = [
     "read_training_state",
     "resolve_source",
     "restore",
+    "Room",
     "sha256",
     "starting_point",
     "stored_classes",

@@ -15,8 +15,8 @@ from utils.config.facts import (
     odd_batch_problem,
     short_side,
 )
-from utils.config.keys import default_config, require_known_key, value_of, with_values
-from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
+from utils.config.keys import KEYS, default_config, flatten, require_known_key, value_of, with_values
+from utils.config.loading import ConfigError, load_config, load_stored_config, parse_config, run_folder
 from utils.config.recipe import (
     config_differences,
     config_notices,
@@ -31,13 +31,16 @@ __all__ = [
     "CIFAR_DATASETS",
     "DATASETS",
     "FOLDER_DATASETS",
+    "KEYS",
     "SMALL",
     "as_pair",
     "config_differences",
+    "ConfigError",
     "config_notices",
     "default_config",
     "dump_config",
     "expand_path",
+    "flatten",
     "input_shape",
     "load_config",
     "load_stored_config",

@@ -265,10 +265,12 @@ _ROWS = (
     Key("TRAIN.EMA_WARMUP", True, "let the decay of the average rise slowly at the start",
         idle_when=when("TRAIN.EMA_DECAY", 0), ours=True),
     Key("TRAIN.SYNC_BN", False, "batch statistics over all processes", ours=True),
+    Key("TRAIN.GRAD_COMPRESSION", "none", "format in which several processes exchange their gradients: bf16 halves "
+        "the bytes and rounds each process's share", "none|bf16", ours=True),
     Key("TRAIN.LEAN", "auto", "hand-written gradients, which keep less memory; auto: where they are faster (CPUs)",
         "auto|on|off", idle_when=TIMM, ours=True),
     Key("TRAIN.COMPILE", False, "torch.compile", flag="--compile", ours=True),
-    Key("TRAIN.COMPILE_MODE", "default", "reduce-overhead: replay CUDA graphs; for small batches on a GPU",
+    Key("TRAIN.COMPILE_MODE", "default", "reduce-overhead: replay CUDA graphs, where the host is slower than the GPU",
         "default|reduce-overhead", idle_when=NOT_COMPILED, ours=True),
     Key("TRAIN.MEMORY_BUDGET", 1.0, "share of the activations that a compiled model keeps; the rest is recomputed",
         "[0, 1]", idle_when=NOT_COMPILED, ours=True),

@@ -30,6 +30,18 @@ RETIRED_KEYS = {
 }
 
 
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message has one line for each problem.
+
+    Attributes:
+        config: what could be read of it.
+    """
+
+    def __init__(self, text: str, config: CfgNode) -> None:
+        super().__init__(text)
+        self.config = config
+
+
 def load_config(cfg_file: str | Path, opts: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> CfgNode:
     """Read a config file with its bases, apply what the command line says, check everything, and freeze it.
 
@@ -123,7 +135,8 @@ def _build(layers: list[Layer], problems: list[str], name: str) -> tuple[CfgNode
         problems.append(problem.text + (f" ({', '.join(sorted(sources))})" if sources else ""))
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ValueError(f"{count} in the configuration of {name}:\n" + "\n".join(f"  - {line}" for line in problems))
+        text = f"{count} in the configuration of {name}:\n" + "\n".join(f"  - {line}" for line in problems)
+        raise ConfigError(text, config)
     config.freeze()
     return config, given
 

@@ -6,7 +6,7 @@ from utils.training.evaluation import POLL_BATCHES, EvalResult, class_scores, ev
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion, class_weights
 from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
-from utils.training.meters import RunningMeans, UpdateTimer
+from utils.training.meters import Pace, RunningMeans, UpdateTimer, peak_memory_mib
 from utils.training.optimizer import build_optimizer, is_fused, kept_state
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
 from utils.training.pictures import draw_batch
@@ -71,6 +71,8 @@ __all__ = [
     "measure_throughput",
     "metrics_rows",
     "NonFiniteGuard",
+    "Pace",
+    "peak_memory_mib",
     "plan_length",
     "poison_nonfinite",
     "POLL_BATCHES",
