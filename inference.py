@@ -137,8 +137,12 @@ def load_model(config: CfgNode, device: torch.device, *, weights: str | None = N
     ``num_classes``: of the data, for MODEL.NUM_CLASSES 0 and a file without class names.
     """
     source = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    names = () if config.MODEL.NUM_CLASSES else class_names(source)
-    model = build_model(config, config.MODEL.NUM_CLASSES or len(names) or num_classes).to(device)
+    if not config.MODEL.NUM_CLASSES:
+        config = config.clone()
+        config.defrost()
+        config.MODEL.NUM_CLASSES = len(class_names(source)) or num_classes
+        config.freeze()
+    model = build_model(config).to(device)
     _, metadata = load_weights(
         model,
         source,

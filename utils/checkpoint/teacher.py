@@ -15,7 +15,7 @@ from utils.checkpoint.archive import tensor_crc
 from utils.checkpoint.files import load_checkpoint, payload_digest, resolve_source
 from utils.checkpoint.resume import check_classes, class_names
 from utils.checkpoint.weights import load_weights
-from utils.config import parse_config
+from utils.config import load_stored_config
 from utils.errors import CheckpointError, RunError, one_line
 from utils.runtime import once_per_machine, streams_restored
 from utils.training import Teacher
@@ -85,7 +85,8 @@ def _from_checkpoint(
         raise CheckpointError(
             f"{path} does not say what network it holds; name it in TRAIN.DISTILL.TIMM_NAME, such as strip_mlp_base"
         )
-    model = build(parse_config(text, str(path)), len(class_names(str(path))))
+    config, _ = load_stored_config(text, str(path), overrides={"EVAL_MODE": True})
+    model = build(config, len(class_names(str(path))))
     _, metadata = load_weights(model, str(path), remap=remap, prefer_ema=True)
     check_classes(classes, metadata, path)
     return model, metadata["preprocessing"]

@@ -7,6 +7,8 @@ from utils.config.facts import (
     CROP_RATIO,
     DATASETS,
     FOLDER_DATASETS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     SMALL,
     as_pair,
     input_shape,
@@ -14,6 +16,7 @@ from utils.config.facts import (
     normalisation,
     odd_batch_problem,
     short_side,
+    trains,
 )
 from utils.config.keys import default_config, require_known_key
 from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
@@ -31,6 +34,8 @@ __all__ = [
     "CIFAR_DATASETS",
     "DATASETS",
     "FOLDER_DATASETS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "SMALL",
     "as_pair",
     "config_differences",
@@ -53,4 +58,5 @@ __all__ = [
     "run_folder",
     "short_of_updates",
     "short_side",
+    "trains",
 ]
