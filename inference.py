@@ -170,6 +170,7 @@ def evaluate_opened(
     *,
     rank: int = 0,
     observe: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    quiet: bool = False,
 ) -> EvalResult:
     """Evaluate on the validation data in the inference form. Collective.
 
@@ -178,6 +179,7 @@ def evaluate_opened(
         loader: ``data.build_val_loader`` of its configuration.
         rank: of this process.
         observe: see ``utils.training.evaluate``.
+        quiet: do not log how the classes were matched.
 
     Raises:
         ValueError: the data do not fit the configuration.
@@ -185,7 +187,7 @@ def evaluate_opened(
     """
     config, source = opened.config, opened.config.MODEL.RESUME or opened.config.MODEL.PRETRAINED
     named = {**opened.metadata, "classes": list(opened.classes)}
-    columns = class_columns(loader.dataset.classes, named, source, opened.model.num_classes)
+    columns = class_columns(loader.dataset.classes, named, source, opened.model.num_classes, quiet=quiet)
     held_out = held_out_images(config, loader.dataset)
     check_held_out(held_out and held_out.digest, opened.metadata, source)
     check_data(config, None, loader.dataset, subset=columns is not None)

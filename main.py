@@ -38,6 +38,7 @@ from utils.checkpoint import (
     load_teacher,
     load_weights,
     starting_point,
+    warn_held_out,
     warn_preprocessing,
     weight_options,
 )
@@ -101,9 +102,8 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     progress = state.progress
     run.write_recipe(config)
     if run.is_main:
-        held_out = held_out_images(config, session.val_loader.dataset)
-        if held_out is not None:
-            held_out.write(run.output_dir)
+        if session.held_out is not None:
+            session.held_out.write(run.output_dir)
         trim_metrics(run.output_dir / "metrics.jsonl", progress.epoch)
     session.check_free_space(state)
     session.watcher.start(progress.global_step, session.metadata["config"])
@@ -148,6 +148,7 @@ def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
         val_transform=build_batch_transform(config, is_train=False, device=run.device, rank=run.rank),
         criterion=build_criterion(config, soft_targets=transform.mixes, weights=weights).to(run.device),
         teacher=teacher,
+        held_out=held_out,
         store=CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP),
         stop=stop,
         watcher=Watcher(config.LOGGER, run.output_dir, is_main=run.is_main),
@@ -231,6 +232,7 @@ def load_starting_point(state: TrainState, session: Session, allow_change: Seque
             **weight_options(config),
         )
         warn_preprocessing(config, metadata, config.MODEL.PRETRAINED, state.model)
+        warn_held_out(session.metadata.get("held_out"), metadata, config.MODEL.PRETRAINED)
         if state.ema is not None:
             state.ema.set(state.model)
     else:

@@ -99,6 +99,7 @@ class Session(Objective):
     stop: StopRequest
     metadata: dict[str, Any]
     watcher: Watcher
+    held_out: Any = None  # data.HeldOut, the images that DATA.HOLDOUT keeps from the training
     log_clock: LogClock = field(default_factory=LogClock)
 
     def __enter__(self) -> "Session":

@@ -1,26 +1,13 @@
 """k-NN and logistic regression on frozen features."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import timm
 import torch
 
 from models import build_model
-from tests.tiny_run import TinyRun
 from tools import probe
 from utils.checkpoint.files import load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("probe"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny: TinyRun) -> Path:
-    return tiny.train("--epochs", 1) / "checkpoint_last.pth"
 
 
 def run(*words: object) -> int:

@@ -15,6 +15,7 @@ from utils.checkpoint.resume import (
     starting_point,
     stored_classes,
     stored_config,
+    warn_held_out,
     warn_preprocessing,
 )
 from utils.checkpoint.store import BEST, LAST, CheckpointStore
@@ -45,6 +46,7 @@ __all__ = [
     "starting_point",
     "stored_classes",
     "stored_config",
+    "warn_held_out",
     "warn_preprocessing",
     "weight_options",
     "write_dump",
