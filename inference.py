@@ -47,7 +47,7 @@ from utils.checkpoint import (
     warn_preprocessing,
     weight_options,
 )
-from utils.config import input_shape, load_config, load_stored_config
+from utils.config import input_shape, load_config, load_stored_config, with_values
 from utils.errors import ImageReadError
 from utils.runtime import select_device, usable_cores
 from utils.training import EvalResult, build_precision, class_scores, evaluate
@@ -138,10 +138,7 @@ def load_model(config: CfgNode, device: torch.device, *, weights: str | None = N
     """
     source = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if not config.MODEL.NUM_CLASSES:
-        config = config.clone()
-        config.defrost()
-        config.MODEL.NUM_CLASSES = len(class_names(source)) or num_classes
-        config.freeze()
+        config = with_values(config, {"MODEL.NUM_CLASSES": len(class_names(source)) or num_classes})
     model = build_model(config).to(device)
     _, metadata = load_weights(
         model,

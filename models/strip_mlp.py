@@ -100,6 +100,10 @@ def _checked_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> Tens
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _begin_cuda_graphs(*_: Any) -> None:
+    torch.compiler.cudagraph_mark_step_begin()
+
+
 class StripMLPNet(nn.Module):
     """The network (fig. 2): a patch embedding, four stages with merging between them, a linear head.
 
@@ -332,7 +336,13 @@ class StripMLPNet(nn.Module):
         self.grad_checkpointing = enable
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile each block in place (``torch.compile`` with ``options``); blocks of a stage share their graphs."""
+        """Compile each block in place (``torch.compile`` with ``options``); blocks of a stage share their graphs.
+
+        With CUDA graphs (``mode="reduce-overhead"``), PyTorch has to be told where a forward pass begins: it would take
+        each block for one, and reuse the memory of maps that later blocks read.
+        """
+        if options.get("mode") == "reduce-overhead":
+            self.register_forward_pre_hook(_begin_cuda_graphs)
         for stage in self.stages:
             for block in stage:
                 block.compile(**options)

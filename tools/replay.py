@@ -170,15 +170,17 @@ class Replay:
 
     def run(self) -> tuple[list[Share], float]:
         """Repeat the update; return each process's share and the gradient norm over all processes."""
-        total = [torch.zeros_like(p) for p in self.model.parameters()]
+        exchanged = {"none": None, "bf16": torch.bfloat16}[self.config.TRAIN.GRAD_COMPRESSION]
+        dtype = exchanged if len(self.records) > 1 else None
+        total = [torch.zeros_like(p, dtype=dtype) for p in self.model.parameters()]
         shares = []
         for rank in range(len(self.records)):
             shares.append(self._repeat(rank))
             for summed, parameter in zip(total, self.model.parameters(), strict=True):
                 if parameter.grad is not None:
-                    summed += parameter.grad / len(self.records)
+                    summed += parameter.grad.to(summed.dtype) / len(self.records)
         for summed, parameter in zip(total, self.model.parameters(), strict=True):
-            parameter.grad = summed
+            parameter.grad = summed.to(parameter.dtype)
         self.scaler.unscale_(torch.optim.SGD(self.model.parameters(), lr=0.0))
         return shares, float(clip_grad_norm_(self.model.parameters(), math.inf))
 

@@ -1,7 +1,7 @@
 """Where a run starts: what a checkpoint says about itself, and whether this run may continue it."""
 
 import logging
-import os
+import socket
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,95 @@ from utils.config import (
     dump_config,
     normalisation,
     parse_config,
+    read_duration,
     recipe_differences,
     short_side,
+    value_of,
 )
 from utils.errors import CheckpointError
+from utils.runtime import gather_objects, on_main_process
 
 logger = logging.getLogger(__name__)
 
 # Keys that may change without permission: the log says so, and every sample is still seen once per epoch.
-_BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")
+_BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.GLOBAL_BATCH")
 # Keys to which the weights of a Strip-MLP belong. Only weights are fitted to another input, not a training state.
 _INPUT_KEYS = ("DATA.IMG_SIZE", "MODEL.STRIP_MLP.IN_CHANS")
 
 
-def starting_point(config: CfgNode, store: CheckpointStore) -> Path | None:
+def starting_point(config: CfgNode, store: CheckpointStore, *, restarted: bool = False) -> Path | None:
     """Return the file to continue from: ``--resume``, else with ``TRAIN.AUTO_RESUME`` the run's own newest, or None.
 
     torchrun repeats the command when it restarts a failed run (``--max-restarts``). ``--resume`` is then meant for the
-    first attempt: once the run is past that file, a later attempt goes on from the run's own newest. Collective.
+    first attempt: once the run is past that file, a later attempt goes on from the run's own newest. Rank 0 decides,
+    whose files they are; the other hosts need none of them. Collective.
+
+    Args:
+        config: frozen config.
+        store: the run's checkpoints.
+        restarted: this process knows that the launcher has started the run before.
+
+    Raises:
+        CheckpointError, FileNotFoundError: a file cannot be used, or a host without rank 0 has newer ones.
     """
-    explicit = resolve_source(config.MODEL.RESUME) if config.MODEL.RESUME else None
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if explicit is not None and not (restarted and config.TRAIN.AUTO_RESUME):
-        return explicit
-    newest = store.newest() if config.TRAIN.AUTO_RESUME else None
-    if explicit is None or (newest is not None and step_inside(newest) > step_inside(explicit)):
+    source = config.MODEL.RESUME
+    go_on = config.TRAIN.AUTO_RESUME and (any(gather_objects(restarted)) or not source)
+    if go_on:
+        _refuse_newer_elsewhere(store)
+    newest = store.newest() if go_on else None
+    if not source:
         return newest
-    return explicit
+
+    def later_one() -> Path:
+        explicit = resolve_source(source)
+        return newest if newest is not None and step_inside(newest) > step_inside(explicit) else explicit
+
+    return on_main_process(later_one)
+
+
+def _refuse_newer_elsewhere(store: CheckpointStore) -> None:
+    """Raise a CheckpointError if the folder of the same name on another host than rank 0's has newer checkpoints."""
+    rows = gather_objects((store.latest_step(), socket.gethostname()))
+    step, host = max(rows, key=lambda row: row[0])
+    ours, main_host = rows[0]
+    if step > ours:
+        there = f"update {ours}" if ours >= 0 else "none"
+        raise CheckpointError(
+            f"{store.directory} holds a checkpoint of update {step} on {host}, but {there} on {main_host}, which has "
+            f"rank 0 now and writes the checkpoints. Copy the folder to {main_host}, or give all hosts a common one "
+            f"(--output); if it is of an older run, delete it on {host}, or use --tag NEW"
+        )
+
+
+def kept_plan(config: CfgNode, path: Path | None, world_size: int) -> dict[str, Any]:
+    """Return the values that were planned for the run of a checkpoint and stay in its continuation. Collective.
+
+    A batch stays with the number of processes that it was planned for, a number of updates with its time budget.
+
+    Args:
+        config: this run's config.
+        path: the checkpoint; None without one.
+        world_size: processes of this run.
+
+    Returns:
+        ``{'SECTION.KEY': value}``; nothing of a file that is not a run's checkpoint.
+    """
+
+    def read() -> dict[str, Any]:
+        payload = load_checkpoint(path, map_location="meta")
+        if "config" not in payload:
+            return {}
+        saved = parse_config(_own_entry(payload, "config", CONFIG, path), str(path))
+        plan = {}
+        if config.TRAIN.GLOBAL_BATCH == saved.TRAIN.GLOBAL_BATCH > 0 and payload["world_size"] == world_size:
+            plan |= {name: value_of(saved, name) for name in ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")}
+        budgets = [read_duration(one.TRAIN.TIME_BUDGET) for one in (config, saved)]
+        if budgets[0] == budgets[1] > 0:
+            plan["TRAIN.UPDATES"] = saved.TRAIN.UPDATES
+        return plan
+
+    planned = config.TRAIN.GLOBAL_BATCH or read_duration(config.TRAIN.TIME_BUDGET)
+    return on_main_process(read) if planned and path is not None else {}
 
 
 def class_names(source: str) -> list[str]:
@@ -195,10 +257,9 @@ def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: 
         saved = parse_config(payload["config"], str(path))
     except ValueError as error:
         raise CheckpointError(f"{path}: its config cannot be used: {' '.join(str(error).split())}") from None
-    if payload["progress"]["epoch"] > saved.TRAIN.EPOCHS:
-        raise CheckpointError(
-            f"{path}: progress.epoch is {payload['progress']['epoch']}, of {saved.TRAIN.EPOCHS} epochs"
-        )
+    most = saved.TRAIN.UPDATES or saved.TRAIN.EPOCHS  # an epoch has at least one update
+    if payload["progress"]["epoch"] > most:
+        raise CheckpointError(f"{path}: progress.epoch is {payload['progress']['epoch']}, of {most} epochs")
     differences = recipe_differences(saved, config)
     blocking = []
     for key, (then, now) in differences.items():

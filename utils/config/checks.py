@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from utils.config.facts import FILE_DATASETS, FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem, trains
 from utils.config.keys import KEYS, flatten, only_trains, value_of
 from utils.config.policy import policy_problem
-from utils.config.values import read_arguments
+from utils.config.values import read_arguments, read_duration
 
 FAST_RESIZES = ("bicubic", "bilinear")  # DATA.INTERPOLATION with DATA.FAST_RESIZE: what torch shrinks without aliasing
 STAGE_STRIDE = 8  # the three merges between the four stages halve the map each
@@ -154,6 +154,10 @@ def _check_training(config: CfgNode) -> Iterator[Problem]:
                 (f"TRAIN.{key}", "TRAIN.BASE_LR"),
                 f"TRAIN.{key} is {train[key]:g}, larger than TRAIN.BASE_LR, which is {train.BASE_LR:g}",
             )
+    try:
+        read_duration(train.TIME_BUDGET)
+    except ValueError as error:
+        yield Problem(("TRAIN.TIME_BUDGET",), f"TRAIN.TIME_BUDGET is {error}")
     try:
         read_arguments(train.OPTIMIZER.OPTIONS)
     except ValueError as error:

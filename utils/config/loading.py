@@ -2,7 +2,8 @@
 
 Order of precedence, lowest first: the defaults, the config's bases, the config file, ``--opts``, the flags of the
 command line. Nothing changes a configuration after ``load_config``; what is known only at run time (number of
-processes, scaled learning rate) lives elsewhere. A configuration is data: no file that it names is ever executed.
+processes, scaled learning rate) lives elsewhere. Planning (docs/PLANNING.md) makes a new one, in which the values that
+follow from memory and speed are written as if by hand. A configuration is data: no file that it names is ever executed.
 """
 
 import logging
@@ -30,6 +31,18 @@ RETIRED_KEYS = {
     "LOCAL_RANK": "the launcher sets it through the environment variable LOCAL_RANK",
     "TRAIN.START_EPOCH": "it follows from the checkpoint given with --resume",
 }
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message has one line for each problem.
+
+    Attributes:
+        config: what could be read of it.
+    """
+
+    def __init__(self, text: str, config: CfgNode) -> None:
+        super().__init__(text)
+        self.config = config
 
 
 def load_config(cfg_file: str | Path, opts: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> CfgNode:
@@ -143,7 +156,8 @@ def _build(layers: list[Layer], problems: list[str], name: str) -> tuple[CfgNode
         problems.append(problem.text + (f" ({', '.join(sorted(sources))})" if sources else ""))
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ValueError(f"{count} in the configuration of {name}:\n" + "\n".join(f"  - {line}" for line in problems))
+        text = f"{count} in the configuration of {name}:\n" + "\n".join(f"  - {line}" for line in problems)
+        raise ConfigError(text, config)
     config.freeze()
     return config, given
 
