@@ -47,6 +47,7 @@ from utils.checkpoint import (
     resolve_source,
     sha256,
     starting_point,
+    warn_held_out,
     warn_preprocessing,
     weight_options,
 )
@@ -128,9 +129,8 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     config, run, progress = session.config, session.run, state.progress
     run.write_recipe(config)
     if run.is_main:
-        held_out = held_out_images(config, session.val_loader.dataset)
-        if held_out is not None:
-            held_out.write(run.output_dir)
+        if session.held_out is not None:
+            session.held_out.write(run.output_dir)
         trim_metrics(run.output_dir / "metrics.jsonl", progress.epoch)
     session.check_free_space(state)
     session.watcher.start(progress.global_step, session.metadata["config"])
@@ -223,6 +223,7 @@ def assemble_session(
         loader=loader,
         val_loader=val_loader,
         val_transform=build_batch_transform(config, is_train=False, device=run.device, rank=run.rank),
+        held_out=held_out,
         store=store,
         stop=stop,
         watcher=Watcher(config.LOGGER, run.output_dir, is_main=run.is_main),
@@ -376,6 +377,7 @@ def load_starting_point(state: TrainState, session: Session, allow_change: Seque
             **weight_options(config),
         )
         warn_preprocessing(config, metadata, config.MODEL.PRETRAINED, state.model)
+        warn_held_out(session.metadata.get("held_out"), metadata, config.MODEL.PRETRAINED)
         if state.ema is not None:
             state.ema.set(state.model)
     else:

@@ -118,7 +118,7 @@ def corruption_row(config: CfgNode, process: Run, weights: str | None) -> dict[s
                 if opened is None:
                     opened = load_model(config, process.device, weights=weights, num_classes=len(classes))
                     opened = replace(opened, model=inference_form(opened.model))  # once for all
-                result = evaluate_opened(replace(opened, config=plain), loader, rank=process.rank)
+                result = evaluate_opened(replace(opened, config=plain), loader, rank=process.rank, quiet=bool(counted))
             error = 100.0 - result.acc1
             logger.info("%s, severity %d: error %.2f %% on %d samples", name, severity, error, result.num_samples)
             errors.setdefault(name, []).append(error)

@@ -150,6 +150,8 @@ def _file_source(config: CfgNode, part: str, **images: Any) -> FileSource:
         train = root if root.is_file() and holdout else root / "train.csv"
         file = train if holdout else root / f"{part}.csv"
         return CsvSource(file, classes=_of_train(part, csv_classes, train), **images)
+    if root.is_file():
+        raise FileNotFoundError(f"DATA.DATA_PATH {root} is a file, not a folder; to read a CSV file: --dataset csv")
     train = root / "train"
     if holdout:
         return FolderSource(train if train.is_dir() else root, **images)

@@ -327,9 +327,9 @@ class StripMLPNet(nn.Module):
         for stage, blocks in enumerate(self.stages):
             for block in blocks:
                 set_map_size(block.strip_mixing.cgsmm, *(side // (patch_size * 2**stage) for side in self.img_size))
-        if hasattr(self, "_traits"):  # what timm 1.0.31 and later keep of the size a model was made with
-            self._traits = {**self._traits, "img_size": self.img_size}
-            self._model_args = {**self._model_args, "img_size": self.img_size}
+        for kept in ("_traits", "_model_args"):  # what timm 1.0.31 and later keep of the size a model was made with
+            if hasattr(self, kept):
+                setattr(self, kept, {**getattr(self, kept), "img_size": self.img_size})
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each block for the backward pass, which then runs the block a second time."""

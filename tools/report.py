@@ -40,7 +40,7 @@ from tools.figures import png_bytes
 from tools.predictions import BINS, Collector, Predictions, calibration, wilson_interval
 from tools.report_parts import class_rows, confused_pairs, confusion_figure, data_uri, reliability_figure
 from utils.config import dump_config, recipe_deviations
-from utils.training import EvalResult, curves_figure, metrics_rows
+from utils.training import EvalResult, curves_figure, metrics_rows, shown_channels
 
 MISTAKES = 24
 THUMBNAIL = 160  # pixels
@@ -67,7 +67,7 @@ def worst_mistakes(predictions: Predictions, dataset: ImageDataset) -> list[dict
 def picture_uri(dataset: ImageDataset, index: int) -> str:
     """Return an image of the data set as a small picture inside the page."""
     picture = dataset.source.load(index)
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(shown_channels(np.asarray(picture)))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = BytesIO()
     image.save(buffer, "PNG")

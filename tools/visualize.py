@@ -48,6 +48,7 @@ from tools.receptive_field import area_ratio, as_map, draw_fields, receptive_fie
 from tools.strip_maps import draw_positions, draw_strips
 from utils.config import input_shape
 from utils.errors import RunError
+from utils.training import shown_channels
 
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contribution, for the high-contribution area ratio
 BATCH = 8  # images
@@ -99,7 +100,7 @@ def draw_cams(opened: Opened, images: Sequence[tuple]) -> Figure:
     if not large:
         raise RunError(f"no stage has a map of {CAM_SIDE} rows at DATA.IMG_SIZE {side}; use larger images")
     layer, channels = large[-1].module, large[-1].channels
-    mean, std = (torch.tensor(opened.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(opened.preprocessing[key]).view(-1, 1, 1) for key in ("mean", "std"))
     figure, axes = grid(-(-len(images) // 6), min(6, len(images)))
     places = iter(axes)
     with GradCAM(opened.model, [layer], reshape_transform=lambda output: as_map(output, channels)) as cam:
@@ -107,7 +108,7 @@ def draw_cams(opened: Opened, images: Sequence[tuple]) -> Figure:
             masks = cam(input_tensor=batch, targets=None)  # for the class with the largest score
             best = opened.model(batch).softmax(dim=1).max(dim=1)
             for image, mask, share, label in zip(batch.cpu(), masks, *(part.tolist() for part in best), strict=True):
-                pixels = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+                pixels = shown_channels((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
                 ax = next(places)
                 ax.imshow(show_cam_on_image(pixels, mask, use_rgb=True))
                 put_title(ax, f"{shortened(opened.names[label], 28)} {share:.0%}")

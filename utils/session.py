@@ -28,6 +28,7 @@ from utils.checkpoint import (
     restore,
     write_dump,
 )
+from utils.config import normalisation
 from utils.errors import NonFiniteError, RunError, one_line
 from utils.runtime import Run, StopRequest, gather_objects, load_on_main_process, phase
 from utils.training import (
@@ -99,6 +100,7 @@ class Session(Objective):
     stop: StopRequest
     metadata: dict[str, Any]
     watcher: Watcher
+    held_out: Any = None  # data.HeldOut, the images that DATA.HOLDOUT keeps from the training
     log_clock: LogClock = field(default_factory=LogClock)
     budget: TimeBudget = field(default_factory=TimeBudget)
 
@@ -170,8 +172,9 @@ class Session(Objective):
             images, targets, indices = group[0]
             update = progress.global_step * self.accumulation
             images, targets = self.transform(images.clone(), targets, indices, epoch=progress.epoch, update=update)
-            smoothing, classes = self.config.MODEL.LABEL_SMOOTHING, self.loader.dataset.classes
-            self.watcher.batch(images, targets, classes, smoothing=smoothing, step=progress.global_step)
+            (mean, std), smoothing = normalisation(self.config), self.config.MODEL.LABEL_SMOOTHING
+            look = {"smoothing": smoothing, "mean": mean, "std": std}
+            self.watcher.batch(images, targets, self.loader.dataset.classes, step=progress.global_step, **look)
 
     def after_update(self, state: TrainState, timer: UpdateTimer, *, lr: float) -> bool:
         """Check, log and save where that is due. Collective.

@@ -16,11 +16,6 @@ from tests.tiny_run import TinyRun
 from utils.checkpoint.files import load_checkpoint
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def requests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, float]]]:
     """Cut graphs but generate no code, which takes minutes on a CPU; give the modes and budgets that were asked for."""

@@ -29,11 +29,6 @@ ROOT = Path(__file__).parents[2]
 ON_THE_CPU_ALONE = {"models/fast/blocks.py:add_residual_of_kept"}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
-
-
 @contextmanager
 def training(tiny: TinyRun, *words: object, tag: str) -> Iterator[tuple[Session, DistributedDataParallel, TrainState]]:
     """A run that is about to train its first epoch."""

@@ -16,6 +16,7 @@ from utils.checkpoint.resume import (
     starting_point,
     stored_classes,
     stored_config,
+    warn_held_out,
     warn_preprocessing,
 )
 from utils.checkpoint.room import Room
@@ -49,6 +50,7 @@ __all__ = [
     "starting_point",
     "stored_classes",
     "stored_config",
+    "warn_held_out",
     "warn_preprocessing",
     "weight_options",
     "write_dump",

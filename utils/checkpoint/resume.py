@@ -335,7 +335,20 @@ def check_held_out(digest: str | None, payload: dict[str, Any], path: Path | str
         )
 
 
-def class_columns(classes: Sequence[str], metadata: dict[str, Any], path: Path | str, num_classes: int) -> list | None:
+def warn_held_out(digest: str | None, payload: dict[str, Any], path: Path | str) -> None:
+    """Warn where a run starts from weights of a training that held out other images; see ``check_held_out``."""
+    theirs = _own_entry(payload, "held_out", text(100), path)
+    if digest and theirs and digest != theirs:
+        logger.warning(
+            "%s held out other images: if they come from the same data, it was trained on some that are validated on "
+            "here, and the results will look too good; take its SEED and DATA.HOLDOUT",
+            path,
+        )
+
+
+def class_columns(
+    classes: Sequence[str], metadata: dict[str, Any], path: Path | str, num_classes: int, *, quiet: bool = False
+) -> list | None:
     """Return the scores that belong to the data set's classes, found by name; None where all are in the same order.
 
     A file without class names is taken to be in the order of the data set, which is logged.
@@ -345,30 +358,39 @@ def class_columns(classes: Sequence[str], metadata: dict[str, Any], path: Path |
         metadata: the checkpoint's entries.
         path: its file, for messages.
         num_classes: scores of the model.
+        quiet: log nothing, because the same was logged before.
 
     Raises:
         CheckpointError: a class is not among the checkpoint's, or numbers differ and the file has no names.
     """
     theirs = list(_own_entry(metadata, "classes", CLASSES, path) or ())
     if not theirs:
-        _log_assumed_order(classes, path, num_classes)
+        _check_assumed_order(classes, path, num_classes)
+        if not quiet:
+            _log_assumed_order(classes, path)
         return None
     if theirs == list(classes):
         return None
     numbers = {name: number for number, name in enumerate(theirs)}
     if any(name not in numbers for name in classes):
         check_classes(classes, metadata, path)
-    logger.warning("the data set holds %d of the %d classes of %s, matched by name", len(classes), len(theirs), path)
+    if not quiet:
+        logger.warning(
+            "the data set holds %d of the %d classes of %s, matched by name", len(classes), len(theirs), path
+        )
     return [numbers[name] for name in classes]
 
 
-def _log_assumed_order(classes: Sequence[str], path: Path | str, num_classes: int) -> None:
+def _check_assumed_order(classes: Sequence[str], path: Path | str, num_classes: int) -> None:
     if len(classes) != num_classes:
         raise CheckpointError(
             f"the data set has {len(classes)} classes, the model {num_classes}, and {path} holds no class names to "
             "match them by: list the names of the model's classes in a file, one per line in the order of its scores, "
             "and set TEST.CLASS_NAMES FILE (class folders 0, 1, ...: TEST.CLASS_NAMES numbers)"
         )
+
+
+def _log_assumed_order(classes: Sequence[str], path: Path | str) -> None:
     order = f"{path} holds no class names: label 0 is taken to be {classes[0]!r}, the last {classes[-1]!r}"
     numeric = all(name.isascii() and name.isdigit() for name in classes)
     if numeric and list(classes) != sorted(classes, key=int):

@@ -7,6 +7,8 @@ from utils.config.facts import (
     CROP_RATIO,
     DATASETS,
     FOLDER_DATASETS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     SMALL,
     as_pair,
     input_shape,
@@ -14,6 +16,7 @@ from utils.config.facts import (
     normalisation,
     odd_batch_problem,
     short_side,
+    trains,
 )
 from utils.config.keys import KEYS, default_config, flatten, require_known_key, value_of, with_values
 from utils.config.loading import ConfigError, load_config, load_stored_config, parse_config, run_folder
@@ -31,6 +34,8 @@ __all__ = [
     "CIFAR_DATASETS",
     "DATASETS",
     "FOLDER_DATASETS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "KEYS",
     "SMALL",
     "as_pair",
@@ -57,6 +62,7 @@ __all__ = [
     "run_folder",
     "short_of_updates",
     "short_side",
+    "trains",
     "value_of",
     "with_values",
 ]

@@ -358,6 +358,7 @@ _ROWS = (
 # fmt: on
 
 KEYS = {row.name: row for row in _ROWS}  # in the order of the tree
+_ALSO_EVALUATES = ("TRAIN.AMP", "TRAIN.TF32", "TRAIN.DIST_TIMEOUT")
 SECTIONS = frozenset(name[:i] for name in KEYS for i, sign in enumerate(name) if sign == ".")
 
 
@@ -380,6 +381,11 @@ def set_value(config: CfgNode, name: str, value: Any) -> None:
     for parent in parents:
         config = config.setdefault(parent, CfgNode())
     config[leaf] = value
+
+
+def only_trains(name: str) -> bool:
+    """Return whether only training reads a key, also one that is not known here."""
+    return name.startswith(("TRAIN.", "AUG.")) and name not in _ALSO_EVALUATES
 
 
 def with_values(config: CfgNode, values: Mapping[str, Any]) -> CfgNode:

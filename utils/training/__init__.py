@@ -9,7 +9,7 @@ from utils.training.lr_scheduler import build_scheduler, global_batch_size, scal
 from utils.training.meters import Pace, RunningMeans, UpdateTimer, peak_memory_mib
 from utils.training.optimizer import build_optimizer, is_fused, kept_state
 from utils.training.parallel import check_compiler, compile_and_warm_up, compile_model, wrap_for_training
-from utils.training.pictures import draw_batch
+from utils.training.pictures import draw_batch, shown_channels
 from utils.training.planning import (
     Costs,
     TimeBudget,
@@ -84,6 +84,7 @@ __all__ = [
     "RunningMeans",
     "scaled_learning_rates",
     "SEVERITIES",
+    "shown_channels",
     "small_enough",
     "Teacher",
     "TrainState",
