@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data import expanded_path
 from inference import Opened, open_checkpoint
 from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError
-from utils.runtime import atomic_file
+from utils.runtime import atomic_file, printable
 
 QUIET_SECONDS = 20.0  # between two lines of progress where there is no terminal
 USER_ERRORS = (ValueError, OSError, CheckpointError, ImageReadError, NonFiniteError, RunError)
@@ -48,11 +48,6 @@ def run_tool(command: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     except USER_ERRORS as error:
         print(f"error: {printable(str(error), keep_lines=True)}", file=sys.stderr)
         return 2
-
-
-def printable(text: str, *, keep_lines: bool = False) -> str:
-    """Return a text that a terminal shows as it is: control characters and the like are written as escapes."""
-    return "".join(sign if sign.isprintable() or (keep_lines and sign == "\n") else ascii(sign)[1:-1] for sign in text)
 
 
 def shortened(name: str, width: int) -> str:

@@ -25,7 +25,6 @@ from tools.common import (
     checkpoint_parser,
     open_from,
     output_path,
-    printable,
     progress,
     run_tool,
     shortened,
@@ -33,6 +32,7 @@ from tools.common import (
     write_bytes,
 )
 from tools.figures import grid, png_bytes, put_title, thumbnail
+from utils.runtime import printable
 
 SHEET_IMAGES = 60  # most of a contact sheet
 SHEET_COLUMNS = 6

@@ -17,8 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as a file, Python looks in tools/ only
 
 import timm
-import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from data import (
@@ -33,25 +31,23 @@ from data import (
 )
 from inference import Opened
 from models import StripMLPNet
+from tools.class_activation import draw_cams
 from tools.common import (
     checkpoint_parser,
     make_folder,
     open_from,
     progress,
     run_tool,
-    shortened,
     whole_number,
     write_bytes,
 )
-from tools.figures import grid, png_bytes, put_title
-from tools.receptive_field import area_ratio, as_map, draw_fields, receptive_fields, stages_of
+from tools.figures import png_bytes
+from tools.receptive_field import area_ratio, draw_fields, receptive_fields
 from tools.strip_maps import draw_positions, draw_strips
 from utils.config import input_shape
-from utils.errors import RunError
 
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contribution, for the high-contribution area ratio
 BATCH = 8  # images
-CAM_SIDE = 4  # rows and columns of a map that is worth looking at
 
 
 def chosen_images(opened: Opened, folder: Path | None, count: int) -> list[tuple]:
@@ -81,37 +77,6 @@ def batches(opened: Opened, images: Sequence[tuple]) -> Iterator[Tensor]:
     transform = build_batch_transform(opened.config, is_train=False, device=opened.device)
     for start in progress(range(0, len(images), BATCH), desc="images", unit="batch"):
         yield transform(*collate(images[start : start + BATCH]))[0]
-
-
-def draw_cams(opened: Opened, images: Sequence[tuple]) -> Figure:
-    """Return Grad-CAM overlays for the predicted class, from the last stage with at least ``CAM_SIDE`` rows.
-
-    Raises:
-        RunError: the package is missing, or no map is large enough.
-    """
-    try:
-        from pytorch_grad_cam import GradCAM
-        from pytorch_grad_cam.utils.image import show_cam_on_image
-    except ImportError as error:
-        raise RunError("Grad-CAM needs the package grad-cam; see requirements-extra.txt") from error
-    side = min(input_shape(opened.config)[1:])
-    large = [stage for stage in stages_of(opened.model) if side // stage.reduction >= CAM_SIDE]
-    if not large:
-        raise RunError(f"no stage has a map of {CAM_SIDE} rows at DATA.IMG_SIZE {side}; use larger images")
-    layer, channels = large[-1].module, large[-1].channels
-    mean, std = (torch.tensor(opened.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    figure, axes = grid(-(-len(images) // 6), min(6, len(images)))
-    places = iter(axes)
-    with GradCAM(opened.model, [layer], reshape_transform=lambda output: as_map(output, channels)) as cam:
-        for batch in batches(opened, images):
-            masks = cam(input_tensor=batch, targets=None)  # for the class with the largest score
-            best = opened.model(batch).softmax(dim=1).max(dim=1)
-            for image, mask, share, label in zip(batch.cpu(), masks, *(part.tolist() for part in best), strict=True):
-                pixels = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-                ax = next(places)
-                ax.imshow(show_cam_on_image(pixels, mask, use_rgb=True))
-                put_title(ax, f"{shortened(opened.names[label], 28)} {share:.0%}")
-    return figure
 
 
 def fields_of(opened: Opened, others: Sequence[str], images: Sequence[tuple]) -> dict[str, list[Tensor]]:
@@ -155,7 +120,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     if "erf" in args.show:
         figures["erf"] = draw_fields(fields_of(opened, args.vs, images))
     if "cam" in args.show:
-        figures["cam"] = draw_cams(opened, images)
+        figures["cam"] = draw_cams(opened, batches(opened, images), len(images))
     if "strips" in args.show:
         if not isinstance(opened.model, StripMLPNet):
             raise ValueError(f"{opened.config.MODEL.NAME} is not a Strip-MLP: it has no strips")

@@ -17,9 +17,11 @@ import pytest
 from tests.images import picture, write_splits
 from tests.tiny_run import TinyRun
 from tools import compare, predict, report, seeds
-from tools.common import printable, run_tool
-from tools.predictions import Predictions, calibration, paired_test, read_predictions, wilson_interval
+from tools.common import run_tool
+from tools.measures import calibration, paired_test, wilson_interval
+from tools.predictions import Predictions, read_predictions
 from tools.report_parts import class_rows, confused_pairs, confusion_figure
+from utils.runtime import printable
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = ('<b>"x"', "$a$\n\x1b[31m", "plain")

@@ -25,6 +25,7 @@ from utils.runtime.random_state import (
 )
 from utils.runtime.signals import JOB_SIGNALS, StopRequest
 from utils.runtime.start import Run, start_run
+from utils.runtime.text import printable
 
 __all__ = [
     "all_reduce_sum",
@@ -44,6 +45,7 @@ __all__ = [
     "link_or_copy",
     "on_main_process",
     "once_per_machine",
+    "printable",
     "random_state",
     "Run",
     "seed_streams",
