@@ -32,13 +32,17 @@ def draw_cams(opened: Opened, batches: Iterable[Tensor], count: int) -> Figure:
         from pytorch_grad_cam.utils.image import show_cam_on_image
     except ImportError as error:
         raise RunError("Grad-CAM needs the package grad-cam; see requirements-extra.txt") from error
+    if input_shape(opened.config)[0] != 3:
+        raise RunError(f"Grad-CAM is drawn over RGB images; the network takes {input_shape(opened.config)[0]} channels")
     side = min(input_shape(opened.config)[1:])
     large = [stage for stage in stages_of(opened.model) if side // stage.reduction >= CAM_SIDE]
     if not large:
         raise RunError(f"no stage has a map of {CAM_SIDE} rows at DATA.IMG_SIZE {side}; use larger images")
-    layer, channels = large[-1].module, large[-1].channels
+    layer, channels, reduction = large[-1]
     mean, std = (torch.tensor(opened.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     figure, axes = grid(-(-count // 6), min(6, count))
+    title = f"Grad-CAM, maps of {side // reduction} rows: red speaks for the predicted class"
+    figure.suptitle(title, fontsize=9)
     places = iter(axes)
     with GradCAM(opened.model, [layer], reshape_transform=lambda output: as_map(output, channels)) as cam:
         for batch in batches:
@@ -48,5 +52,5 @@ def draw_cams(opened: Opened, batches: Iterable[Tensor], count: int) -> Figure:
                 pixels = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
                 ax = next(places)
                 ax.imshow(show_cam_on_image(pixels, mask, use_rgb=True))
-                put_title(ax, f"{shortened(opened.names[label], 28)} {share:.0%}")
+                put_title(ax, f"{shortened(opened.names[label], 28)}: {100 * share:.1f} %")
     return figure

@@ -67,9 +67,10 @@ def page(opened: Opened, result: EvalResult, predictions: Predictions, dataset: 
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     found = calibration(predictions)
     curves, no_curves = run_curves(opened.path.parent)
+    data = Path(opened.config.DATA.DATA_PATH).name or opened.config.DATA.DATASET
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return templates.get_template("report.html").render(
-        title=printable(f"{opened.config.MODEL.NAME} on {opened.config.DATA.DATASET}"),
+        title=printable(f"{opened.model_name} on {data}"),
         result=result,
         interval=wilson_interval(int(predictions.correct.sum()), len(predictions.labels)),
         top5=len(classes) > 5,

@@ -32,7 +32,7 @@ def class_rows(predictions: Predictions) -> list[dict[str, Any]]:
     )
     shares = [[None if np.isnan(v) else float(v) for v in row] for row in np.stack(figures[:3], axis=1)]
     names = map(printable, predictions.classes.tolist())
-    rows = zip(names, figures[3].tolist(), shares, strict=True)
+    rows = zip(names, figures[3].astype(int).tolist(), shares, strict=True)
     return [{"name": name, "images": images, "shares": row} for name, images, row in rows]
 
 
@@ -62,9 +62,9 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str]) -> bytes:
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     norm = None if few else LogNorm(1e-3, 1, clip=True)  # a single image of a thousand classes stays visible
     image = axes.imshow(shares, cmap="Blues", norm=norm, vmin=0 if few else None, vmax=1 if few else None)
-    figure.colorbar(image, label="share of the label's images")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("label")
+    figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.04, 1)), label="share of the label's images")
+    number = "" if few else " (class number, from 0)"
+    axes.set(xlabel=f"predicted{number}", ylabel=f"label{number}")
     if few:
         names = [shortened(str(name), 20) for name in classes]
         axes.set_xticks(range(count), names, rotation=90, parse_math=False)
@@ -130,13 +130,13 @@ def facts_of(opened: Opened) -> list[tuple[str, str]]:
     config, done = opened.config, opened.metadata.get("progress")
     facts = [
         ("checkpoint", str(opened.path)),
-        ("model", config.MODEL.TIMM_NAME if config.MODEL.TYPE == "timm" else config.MODEL.NAME),
+        ("model", opened.model_name),
         ("parameters", f"{sum(p.numel() for p in opened.model.parameters()):,}"),
-        ("data set", config.DATA.DATASET),
+        ("data set", ": ".join(filter(None, (config.DATA.DATASET, config.DATA.DATA_PATH)))),
         ("preprocessing", preprocessing_words(opened.preprocessing)),
     ]
     if isinstance(done, dict):
-        facts.append(("trained", f"{done['epoch']} epochs, {done['global_step']} updates"))
+        facts.append(("trained", f"to epoch {done['epoch']}, update {done['global_step']}"))
     return [(name, printable(value)) for name, value in facts]
 
 
