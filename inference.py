@@ -81,6 +81,11 @@ class Opened:
     device: torch.device
 
     @property
+    def model_name(self) -> str:
+        """Name of the model: timm's for MODEL.TYPE timm, else MODEL.NAME."""
+        return self.config.MODEL.TIMM_NAME if self.config.MODEL.TYPE == "timm" else self.config.MODEL.NAME
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Class names, or ``class 0``, ``class 1``, ... where the file has none."""
         return self.classes or tuple(f"class {number}" for number in range(self.model.num_classes))
@@ -127,7 +132,11 @@ def checkpoint_config(
     overrides = {**(overrides or {}), "MODEL.RESUME": str(source), "EVAL_MODE": True}
     if cfg is not None:
         return load_config(cfg, opts, overrides)
-    return load_stored_config(stored_config(source), str(source), opts, overrides)[0]
+    stored = stored_config(source), str(source), opts
+    config, origins = load_stored_config(*stored, overrides)
+    if origins.get("DATA.NUM_WORKERS") == str(source) and config.DATA.NUM_WORKERS > usable_cores():
+        config = load_stored_config(*stored, {**overrides, "DATA.NUM_WORKERS": -1})[0]  # trained on a larger machine
+    return config
 
 
 def load_model(config: CfgNode, device: torch.device, *, weights: str | None = None, num_classes: int = 0) -> Opened:

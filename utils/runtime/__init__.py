@@ -28,6 +28,7 @@ from utils.runtime.random_state import (
 )
 from utils.runtime.signals import JOB_SIGNALS, StopRequest
 from utils.runtime.start import Run, start_run
+from utils.runtime.text import printable
 
 __all__ = [
     "all_reduce_sum",
@@ -50,6 +51,7 @@ __all__ = [
     "on_main_process",
     "once_per_machine",
     "phase",
+    "printable",
     "random_state",
     "require_agreement",
     "Run",

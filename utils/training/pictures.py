@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from utils.config import IMAGENET_MEAN, IMAGENET_STD
+from utils.runtime import printable
 
 SHOWN = 32  # images
 _COLUMNS, _CELL, _GAP, _LINE = 8, 128, 8, 15  # images in a row, then pixels
@@ -70,19 +71,14 @@ def _pixels(images: Tensor, *normalisation: Sequence[float]) -> list[Image.Image
 def _labels(targets: Tensor, classes: Sequence[str], smoothing: float) -> list[list[tuple[str, str]]]:
     """Return each image's (name, share) pairs, largest share first; the share is empty where a class is alone."""
     if targets.ndim == 1:
-        return [[(_printable(classes[label]), "")] for label in targets.tolist()]
+        return [[(printable(classes[label]), "")] for label in targets.tolist()]
     shares = (targets - smoothing / targets.shape[1]) / (1 - smoothing)
     labels = []
     for row in shares:
         found = [(row[label].item(), classes[label]) for label in (row > 0.005).nonzero().flatten().tolist()]
         found.sort(key=lambda pair: -pair[0])
-        labels.append([(_printable(name), f" {share:.0%}" if share < 0.995 else "") for share, name in found])
+        labels.append([(printable(name), f" {share:.0%}" if share < 0.995 else "") for share, name in found])
     return labels
-
-
-def _printable(text: str) -> str:
-    """Return a name without line breaks, terminal escapes and other characters that do not print."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _fitted(name: str, share: str, font: ImageFont.FreeTypeFont) -> str:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Watcher:
     """Sends a run's figures to a logger. Nothing that fails in here stops the run: it is logged once.
 
-    Weights & Biases gets what is written for TensorBoard (its ``sync_tensorboard``).
+    Weights & Biases gets what is written for TensorBoard (its ``wandb.tensorboard.patch``).
 
     Args:
         kind: LOGGER of the configuration: 'none', 'tensorboard' or 'wandb'.
@@ -110,7 +110,8 @@ def _open(kind: str, folder: Path, step: int) -> "SummaryWriter":
 
         number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same folder is the same run
         name = "/".join(folder.parts[-2:])
-        wandb.init(dir=str(folder), id=number, name=name, resume="allow", sync_tensorboard=True)
+        wandb.tensorboard.patch(root_logdir=str(folder))
+        wandb.init(dir=str(folder), id=number, name=name, resume="allow")
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
