@@ -244,7 +244,10 @@ def rehearse(
         evaluation, result = _time_evaluation(partial(validate, state, rehearsal), rehearsal, seconds)
         row = {"epoch": 1, "step": 1, "lr": state.learning_rate, "best_acc1": 0.0, **row}
         records = _seconds(lambda: record_epoch(run.output_dir, row, result) if run.is_main else None)
-        save = _seconds(lambda: rehearsal.save(state))
+        began = time.perf_counter()
+        rehearsal.save(state, background=True)  # what training waits for
+        save = time.perf_counter() - began
+        rehearsal.store.finish()
     restore(state, before, session.run.output_dir)
     state.guard.history.clear()
     return broadcast_object(Costs(update, row["data_wait"], start + records, evaluation, save))
