@@ -246,7 +246,7 @@ def rehearse(
         row = {"epoch": 1, "step": 1, "lr": state.learning_rate, "best_acc1": 0.0, **row}
         records = _seconds(lambda: record_epoch(run.output_dir, row, result) if run.is_main else None)
         began = time.perf_counter()
-        rehearsal.save(state, background=True)
+        rehearsal.save(state, background=True)  # what training waits for
         save = time.perf_counter() - began
         rehearsal.store.finish()
     restore(state, before, session.run.output_dir)
