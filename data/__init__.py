@@ -1,7 +1,7 @@
 """Data: sources of images, transforms, sampling order, loaders and what happens to a batch on the device."""
 
 from data.build import build_dataset, build_train_loader, build_val_loader
-from data.checks import check_data, describe_classes
+from data.checks import check_data, data_facts, describe_classes
 from data.dataset import ImageDataset
 from data.images.batch import build_batch_transform
 from data.images.decode import convert_image, decode_image, jpeg_complaint
@@ -34,6 +34,7 @@ __all__ = [
     "class_folders",
     "collate",
     "convert_image",
+    "data_facts",
     "decode_image",
     "describe_classes",
     "expanded_path",

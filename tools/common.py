@@ -4,8 +4,11 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
+from time import perf_counter
 from typing import Any
 
 from tqdm import tqdm
@@ -13,7 +16,7 @@ from tqdm import tqdm
 from data import expanded_path
 from inference import Opened, open_checkpoint
 from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError
-from utils.runtime import atomic_file
+from utils.runtime import atomic_file, printable
 
 QUIET_SECONDS = 20.0  # between two lines of progress where there is no terminal
 USER_ERRORS = (ValueError, OSError, CheckpointError, ImageReadError, NonFiniteError, RunError)
@@ -50,11 +53,6 @@ def run_tool(command: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         return 2
 
 
-def printable(text: str, *, keep_lines: bool = False) -> str:
-    """Return a text that a terminal shows as it is: control characters and the like are written as escapes."""
-    return "".join(sign if sign.isprintable() or (keep_lines and sign == "\n") else ascii(sign)[1:-1] for sign in text)
-
-
 def shortened(name: str, width: int) -> str:
     """Return a name that is safe to show, in at most ``width`` characters."""
     name = printable(name)
@@ -64,6 +62,24 @@ def shortened(name: str, width: int) -> str:
 def progress(items: Iterable | None = None, *, total: int | None = None, desc: str, unit: str = "img") -> tqdm:
     """Return a progress bar on a terminal, and a line every ``QUIET_SECONDS`` elsewhere."""
     return tqdm(items, total=total, desc=desc, unit=unit, mininterval=0.1 if sys.stderr.isatty() else QUIET_SECONDS)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say every ``QUIET_SECONDS`` that the work in the block goes on."""
+    done, start = Event(), perf_counter()
+
+    def speak() -> None:
+        while not done.wait(QUIET_SECONDS):
+            print(f"{what} ... {perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+    speaker = Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

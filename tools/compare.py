@@ -12,7 +12,6 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,73 +19,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 import numpy as np
-from yacs.config import CfgNode
 
 from data import expanded_path
-from tools.common import output_path, printable, run_tool, write_bytes
+from tools.common import output_path, run_tool, write_bytes
 from tools.figures import png_bytes
-from tools.predictions import Predictions, paired_test, read_predictions, wilson_interval
-from utils.config import config_differences, parse_config
-from utils.training import curves_figure, metrics_rows
+from tools.measures import paired_test, wilson_interval
+from tools.predictions import require_same_images
+from tools.runs import FinishedRun, read_run, short_names
+from utils.config import config_differences
+from utils.runtime import printable
+from utils.training import curves_figure
 
 SHOWN = 10  # images on which two runs disagree
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """What a run has left behind: ``predictions`` is None where no report was made."""
-
-    name: str
-    config: CfgNode
-    rows: list[dict[str, Any]]
-    predictions: Predictions | None
-
-
-def read_run(folder: Path, name: str) -> FinishedRun:
-    """Read the output folder of a run; nothing in it is changed.
-
-    Raises:
-        ValueError, OSError: there is no run, or a file cannot be read.
-    """
-    if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"{folder} is not the output folder of a run: it has no config.yaml or no metrics.jsonl")
-    stored = [path for path in (folder / "predictions.npz", folder / "report" / "predictions.npz") if path.is_file()]
-    try:
-        rows = metrics_rows(folder / "metrics.jsonl")
-    except ValueError as error:
-        raise ValueError(f"{folder / 'metrics.jsonl'} cannot be read: {error}") from error
-    return FinishedRun(
-        printable(name),
-        parse_config((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml")),
-        rows,
-        read_predictions(stored[0]) if stored else None,
-    )
-
-
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths by which they differ."""
-    parts = [folder.resolve().parts for folder in folders]
-    length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), None)
-    if length is None:
-        raise ValueError("the same run is named twice")
-    return ["/".join(p[-length:]) for p in parts]
-
-
-def require_same_images(first: FinishedRun, other: FinishedRun) -> None:
-    """Raise a ValueError that names the first difference unless two runs predict the same labelled images."""
-    a, b = first.predictions, other.predictions
-    if not np.array_equal(a.classes, b.classes):
-        raise ValueError(
-            f"{first.name} and {other.name} were not evaluated on the same classes; make both reports anew"
-        )
-    pairs = zip(a.paths, a.labels, b.paths, b.labels, strict=False)
-    different = next((printable(f"{p} / {q}") for p, i, q, j in pairs if (p, i) != (q, j)), None)
-    if different or len(a.paths) != len(b.paths):
-        why = f"first difference: {different}" if different else f"{len(a.paths)} and {len(b.paths)} images"
-        raise ValueError(
-            f"{first.name} and {other.name} were not evaluated on the same images ({why}); make both reports with the "
-            "same --data-path"
-        )
 
 
 def print_configs(runs: Sequence[FinishedRun]) -> None:
@@ -105,17 +49,19 @@ def print_configs(runs: Sequence[FinishedRun]) -> None:
 
 def print_accuracies(runs: Sequence[FinishedRun]) -> None:
     """Print last and best accuracy of the training, and the accuracy of the report with its interval."""
-    print("\naccuracy (top-1, %): last epoch, best epoch (chosen on the set that it is reported on), report")
-    width = max(len(run.name) for run in runs)
+    head = "top-1 (%)"
+    width = max(len(head) - 2, *(len(run.name) for run in runs))
+    print(f"\n{head:<{width + 2}} {'last':>6} {'best*':>6}  report, with its 95 % Wilson interval")
     for run in runs:
         accuracies = [row["val_acc1"] for row in run.rows if row.get("val_acc1") is not None]
         trained = f"{accuracies[-1]:6.2f} {max(accuracies):6.2f}" if accuracies else f"{'-':>6} {'-':>6}"
-        report = "   no predictions: tools/report.py makes them"
+        report = "- (tools/report.py makes it)"
         if run.predictions is not None:
             hits, count = int(run.predictions.correct.sum()), len(run.predictions.labels)
             low, high = wilson_interval(hits, count)
-            report = f"{100 * hits / count:6.2f} ({100 * low:.2f} - {100 * high:.2f}) of {count}"
-        print(f"  {run.name:<{width}} {trained} {report}")
+            report = f"{100 * hits / count:.2f} ({100 * low:.2f} to {100 * high:.2f}) of {count} images"
+        print(f"  {run.name:<{width}} {trained}  {report}")
+    print("* The best epoch was chosen on the set that it is reported on.")
 
 
 def print_paired(first: FinishedRun, other: FinishedRun) -> None:
@@ -157,7 +103,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     runs = [read_run(*pair) for pair in zip(args.runs, short_names(args.runs), strict=True)]
     predicted = [run for run in runs if run.predictions is not None]
     for run in predicted[1:]:
-        require_same_images(predicted[0], run)
+        require_same_images(predicted[0].name, predicted[0].predictions, run.name, run.predictions)
     if args.csv and len(predicted) < 2:
         raise ValueError("--csv needs the predictions of at least two runs: tools/report.py makes them")
     print_configs(runs)

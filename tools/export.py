@@ -27,7 +27,7 @@ from timm.models import push_to_hf_hub
 from data import build_val_loader
 from inference import Opened, evaluate_opened
 from models import StripMLPNet, inference_form, to_published
-from tools.common import checkpoint_parser, make_folder, open_from, progress, run_tool
+from tools.common import checkpoint_parser, make_folder, open_from, progress, run_tool, working
 from tools.graphs import WRITERS, write_graph
 from tools.model_folder import model_card, timm_form, write_folder
 from utils.errors import RunError
@@ -47,11 +47,12 @@ def export(opened: Opened, kind: str, target: Path, *, accuracy: dict[str, Any] 
         write_folder(opened, target, accuracy=accuracy, card=kind == "hub")
     elif kind == "published":
         if not isinstance(opened.model, StripMLPNet):
-            raise RunError(f"the released code has no {opened.config.MODEL.TIMM_NAME}; export to safetensors")
+            raise RunError(f"the released code has no {opened.model_name}; export to safetensors")
         with atomic_file(target) as temporary:
             torch.save({"model": to_published(opened.model.state_dict())}, temporary)
     else:
-        write_graph(inference_form(opened.model), opened, kind, target)
+        with working(f"exporting to {kind}"):
+            write_graph(inference_form(opened.model), opened, kind, target)
 
 
 def known_accuracy(opened: Opened, weights: str | None) -> dict[str, Any] | None:

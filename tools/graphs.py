@@ -24,6 +24,8 @@ def write_graph(model: nn.Module, opened: Opened, kind: str, target: Path) -> No
             raise RunError(f"--format onnx needs the package {package}; see requirements-extra.txt")
     if kind == "aoti" and opened.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise RunError("--format aoti compiles C++ and finds no compiler; install g++, or choose torch-export")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # a file holds whole storages, and folded constants may be parts of one
     images = torch.randn(2, *input_shape(opened.config), device=opened.device)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -57,11 +57,10 @@ def timm_form(opened: Opened) -> tuple[nn.Module, dict[str, Any]]:
     model.load_state_dict(opened.model.state_dict())
     steps = opened.preprocessing
     shape = input_shape(opened.config)
-    short = steps["short_side"] or shape[1]  # before the crop; (height, width) of a rectangle
     cfg = {
         "input_size": shape,
         "interpolation": steps["interpolation"],
-        "crop_pct": shape[1] / (short if isinstance(short, int) else short[0]),
+        "crop_pct": opened.config.TEST.CROP_RATIO if steps["short_side"] not in (None, steps["img_size"]) else 1.0,
         "crop_mode": "center" if steps["crop"] else "squash",
         "mean": tuple(steps["mean"]),
         "std": tuple(steps["std"]),
@@ -78,7 +77,7 @@ def write_folder(opened: Opened, folder: Path, *, accuracy: dict[str, Any] | Non
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     about = json.dumps(description(opened, accuracy), default=list)
     with atomic_file(folder / "model.safetensors") as temporary:
-        safetensors.torch.save_file(tensors, temporary, {"format": "pt", METADATA_KEY: about})
+        temporary.write_bytes(safetensors.torch.save(tensors, {"format": "pt", METADATA_KEY: about}))
     if card:
         text = generate_readme(model_card(opened, accuracy), folder.name)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -90,7 +89,7 @@ def model_card(opened: Opened, accuracy: dict[str, Any] | None) -> dict[str, Any
     known = accuracy and f"{accuracy['acc1']:.2f} % top-1 on {accuracy['num_samples']} validation images"
     return {
         "license": "other",
-        "description": f"{config.MODEL.NAME}, an image classifier trained by a reproduction of Strip-MLP (ICCV 2023).",
+        "description": f"{opened.model_name}, an image classifier trained by a reproduction of Strip-MLP (ICCV 2023).",
         "details": {
             "Architecture": architecture(opened)[0],
             "Image size": config.DATA.IMG_SIZE,

@@ -25,7 +25,6 @@ from tools.common import (
     checkpoint_parser,
     open_from,
     output_path,
-    printable,
     progress,
     run_tool,
     shortened,
@@ -33,6 +32,7 @@ from tools.common import (
     write_bytes,
 )
 from tools.figures import grid, png_bytes, put_title, thumbnail
+from utils.runtime import printable
 
 SHEET_IMAGES = 60  # most of a contact sheet
 SHEET_COLUMNS = 6
@@ -64,14 +64,14 @@ def find_images(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def print_table(predictions: Sequence[Prediction]) -> None:
-    """Print one line per image: path, then names with percentages."""
-    width = min(60, max(len(printable(p.source)) for p in predictions))
+    """Print one line per image: path, then percentages with names, in columns."""
+    rows = []
     for p in predictions:
-        best = [
-            f"{shortened(name, NAME_WIDTH)}: {100 * share:4.1f} %"
-            for name, share in zip(p.names, p.probabilities, strict=True)
-        ]
-        print(f"{printable(p.source):<{width}}  {'  '.join(best)}")
+        best = zip(p.names, p.probabilities, strict=True)
+        rows.append((printable(p.source), *(f"{100 * share:5.1f} % {shortened(n, NAME_WIDTH)}" for n, share in best)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def csv_text(predictions: Sequence[Prediction]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -97,12 +98,15 @@ def area_ratio(field: Tensor, share: float) -> float:
 def draw_fields(fields: dict[str, list[Tensor]]) -> Figure:
     """Return the fields on a logarithmic scale, networks in rows, stages in columns."""
     columns = max(map(len, fields.values()))
-    figure, axes = grid(len(fields), columns, lines=3)
+    figure, axes = grid(len(fields), columns, lines=4)
+    scale = ScalarMappable(LogNorm(1e-4, 1), "inferno")
     for row, (name, stages) in enumerate(fields.items()):
         for stage, field in enumerate(stages):
             ax = axes[row * columns + stage]
             scaled = (field / field.max().clamp(min=1e-30)).clamp(min=1e-4)
-            ax.imshow(scaled.numpy(), norm=LogNorm(1e-4, 1), cmap="inferno")
-            half, most = (f"{area_ratio(field, share):.0%}" for share in (0.5, 0.99))
-            put_title(ax, f"{shortened(name, 34)}\nstage {stage + 1}: area that holds\n50 %: {half}, 99 %: {most}")
+            ax.imshow(scaled.numpy(), norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
+            half, most = (100 * area_ratio(field, share) for share in (0.5, 0.99))
+            areas = f"50 %: {half:.1f} % of the area", f"99 %: {most:.1f} % of the area"
+            put_title(ax, "\n".join((shortened(name, 34), f"stage {stage + 1}", *areas)))
+    figure.colorbar(scale, ax=axes, label="contribution, of the largest", aspect=15 * len(fields), pad=0.01)
     return figure

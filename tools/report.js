@@ -5,9 +5,10 @@ document.querySelectorAll("table.sortable").forEach((table) => {
     const sign = heading.ariaSort === "ascending" ? -1 : 1;
     headings.forEach((other) => other.removeAttribute("aria-sort"));
     heading.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-    const compare = (a, b) => key(a, column).localeCompare(key(b, column), undefined, { numeric: true });
-    const number = (row) => Number(key(row, column));
-    const numeric = column > 0;
-    body.append(...[...body.rows].sort((a, b) => sign * (numeric ? number(a) - number(b) : compare(a, b))));
+    const order = ([a], [b]) => {
+      if (a === "" || b === "") return (a === "") - (b === "");  // what is not defined comes last, either way
+      return sign * (column ? a - b : a.localeCompare(b, undefined, { numeric: true }));
+    };
+    body.append(...[...body.rows].map((row) => [key(row, column), row]).sort(order).map(([, row]) => row));
   }));
 });

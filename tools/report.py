@@ -12,7 +12,6 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
-from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from data import ImageDataset, build_val_loader, expanded_path
@@ -30,48 +28,26 @@ from tools.common import (
     checkpoint_parser,
     make_folder,
     open_from,
-    printable,
     progress,
     run_tool,
     whole_number,
     write_bytes,
 )
 from tools.figures import png_bytes
-from tools.predictions import BINS, Collector, Predictions, calibration, wilson_interval
-from tools.report_parts import class_rows, confused_pairs, confusion_figure, data_uri, reliability_figure
+from tools.measures import BINS, calibration, wilson_interval
+from tools.predictions import Collector, Predictions
+from tools.report_parts import (
+    class_rows,
+    confused_pairs,
+    confusion_figure,
+    data_uri,
+    facts_of,
+    reliability_figure,
+    worst_mistakes,
+)
 from utils.config import dump_config, recipe_deviations
+from utils.runtime import printable
 from utils.training import EvalResult, curves_figure, metrics_rows
-
-MISTAKES = 24
-THUMBNAIL = 160  # pixels
-
-
-def worst_mistakes(predictions: Predictions, dataset: ImageDataset) -> list[dict[str, Any]]:
-    """Return the wrong predictions whose label has the lowest probability, with thumbnails."""
-    wrong = np.flatnonzero(~predictions.correct)
-    order = wrong[np.argsort(predictions.label_probability[wrong], kind="stable")][:MISTAKES]
-    names = [printable(name) for name in predictions.classes.tolist()]
-    return [
-        {
-            "path": printable(str(predictions.paths[i])),
-            "label": names[predictions.labels[i]],
-            "label_share": float(predictions.label_probability[i]),
-            "predicted": names[predictions.top[i, 0]],
-            "share": float(predictions.top_probability[i, 0]),
-            "image": picture_uri(dataset, int(i)),
-        }
-        for i in order
-    ]
-
-
-def picture_uri(dataset: ImageDataset, index: int) -> str:
-    """Return an image of the data set as a small picture inside the page."""
-    picture = dataset.source.load(index)
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return data_uri(buffer.getvalue())
 
 
 def run_curves(folder: Path) -> tuple[str, str]:
@@ -83,28 +59,6 @@ def run_curves(folder: Path) -> tuple[str, str]:
     return data_uri(png_bytes(curves_figure({"": rows}))), ""
 
 
-def preprocessing_words(steps: dict[str, Any]) -> str:
-    """Return ``Opened.preprocessing`` in words."""
-    size, interpolation = steps["img_size"], steps["interpolation"]
-    scaled = f"short side {steps['short_side']}, centre crop {size}" if steps["crop"] else f"scaled to {size}"
-    return f"{scaled} pixels, {interpolation}; mean {steps['mean']}, standard deviation {steps['std']}"
-
-
-def facts_of(opened: Opened) -> list[tuple[str, str]]:
-    """Return what the page says about the checkpoint, as (name, value)."""
-    config, done = opened.config, opened.metadata.get("progress")
-    facts = [
-        ("checkpoint", str(opened.path)),
-        ("model", config.MODEL.TIMM_NAME if config.MODEL.TYPE == "timm" else config.MODEL.NAME),
-        ("parameters", f"{sum(p.numel() for p in opened.model.parameters()):,}"),
-        ("data set", config.DATA.DATASET),
-        ("preprocessing", preprocessing_words(opened.preprocessing)),
-    ]
-    if isinstance(done, dict):
-        facts.append(("trained", f"{done['epoch']} epochs, {done['global_step']} updates"))
-    return [(name, printable(value)) for name, value in facts]
-
-
 def page(opened: Opened, result: EvalResult, predictions: Predictions, dataset: ImageDataset) -> str:
     """Return the report as HTML; every text in it is escaped by the template."""
     classes = predictions.classes.tolist()
@@ -113,9 +67,10 @@ def page(opened: Opened, result: EvalResult, predictions: Predictions, dataset: 
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     found = calibration(predictions)
     curves, no_curves = run_curves(opened.path.parent)
+    data = Path(opened.config.DATA.DATA_PATH).name or opened.config.DATA.DATASET
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return templates.get_template("report.html").render(
-        title=printable(f"{opened.config.MODEL.NAME} on {opened.config.DATA.DATASET}"),
+        title=printable(f"{opened.model_name} on {data}"),
         result=result,
         interval=wilson_interval(int(predictions.correct.sum()), len(predictions.labels)),
         top5=len(classes) > 5,

@@ -1,19 +1,28 @@
-"""Tables and figures of the report that follow from predictions alone."""
+"""The parts of a report: facts, tables, figures, mistakes."""
 
 import base64
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
+from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
-from tools.common import printable, shortened
+from data import ImageDataset
+from inference import Opened
+from tools.common import shortened
 from tools.figures import new_figure, png_bytes
-from tools.predictions import BINS, Calibration, Predictions
+from tools.measures import BINS, Calibration
+from tools.predictions import Predictions
+from utils.runtime import printable
+from utils.training import shown_channels
 
 LABELLED = 30  # classes up to which the confusion matrix has names
 PAIRS = 24
+MISTAKES = 24
+THUMBNAIL = 320  # pixels: sharp where the screen doubles them
 
 
 def class_rows(predictions: Predictions) -> list[dict[str, Any]]:
@@ -24,7 +33,7 @@ def class_rows(predictions: Predictions) -> list[dict[str, Any]]:
     )
     shares = [[None if np.isnan(v) else float(v) for v in row] for row in np.stack(figures[:3], axis=1)]
     names = map(printable, predictions.classes.tolist())
-    rows = zip(names, figures[3].tolist(), shares, strict=True)
+    rows = zip(names, figures[3].astype(int).tolist(), shares, strict=True)
     return [{"name": name, "images": images, "shares": row} for name, images, row in rows]
 
 
@@ -54,9 +63,9 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str]) -> bytes:
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     norm = None if few else LogNorm(1e-3, 1, clip=True)  # a single image of a thousand classes stays visible
     image = axes.imshow(shares, cmap="Blues", norm=norm, vmin=0 if few else None, vmax=1 if few else None)
-    figure.colorbar(image, label="share of the label's images")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("label")
+    figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.04, 1)), label="share of the label's images")
+    number = "" if few else " (class number, from 0)"
+    axes.set(xlabel=f"predicted{number}", ylabel=f"label{number}")
     if few:
         names = [shortened(str(name), 20) for name in classes]
         axes.set_xticks(range(count), names, rotation=90, parse_math=False)
@@ -80,6 +89,56 @@ def reliability_figure(found: Calibration) -> bytes:
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     return png_bytes(figure)
+
+
+def worst_mistakes(predictions: Predictions, dataset: ImageDataset) -> list[dict[str, Any]]:
+    """Return the wrong predictions whose label has the lowest probability, with thumbnails."""
+    wrong = np.flatnonzero(~predictions.correct)
+    order = wrong[np.argsort(predictions.label_probability[wrong], kind="stable")][:MISTAKES]
+    names = [printable(name) for name in predictions.classes.tolist()]
+    return [
+        {
+            "path": printable(str(predictions.paths[i])),
+            "label": names[predictions.labels[i]],
+            "label_share": float(predictions.label_probability[i]),
+            "predicted": names[predictions.top[i, 0]],
+            "share": float(predictions.top_probability[i, 0]),
+            "image": picture_uri(dataset, int(i)),
+        }
+        for i in order
+    ]
+
+
+def picture_uri(dataset: ImageDataset, index: int) -> str:
+    """Return an image of the data set as a small picture inside the page."""
+    picture = dataset.source.load(index)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(shown_channels(np.asarray(picture)))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return data_uri(buffer.getvalue())
+
+
+def preprocessing_words(steps: dict[str, Any]) -> str:
+    """Return ``Opened.preprocessing`` in words."""
+    size, interpolation = steps["img_size"], steps["interpolation"]
+    scaled = f"short side {steps['short_side']}, centre crop {size}" if steps["crop"] else f"scaled to {size}"
+    return f"{scaled} pixels, {interpolation}; mean {steps['mean']}, standard deviation {steps['std']}"
+
+
+def facts_of(opened: Opened) -> list[tuple[str, str]]:
+    """Return what the page says about the checkpoint, as (name, value)."""
+    config, done = opened.config, opened.metadata.get("progress")
+    facts = [
+        ("checkpoint", str(opened.path)),
+        ("model", opened.model_name),
+        ("parameters", f"{sum(p.numel() for p in opened.model.parameters()):,}"),
+        ("data set", ": ".join(filter(None, (config.DATA.DATASET, config.DATA.DATA_PATH)))),
+        ("preprocessing", preprocessing_words(opened.preprocessing)),
+    ]
+    if isinstance(done, dict):
+        facts.append(("trained", f"to epoch {done['epoch']}, update {done['global_step']}"))
+    return [(name, printable(value)) for name, value in facts]
 
 
 def data_uri(png: bytes) -> str:

@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 
 from data import expanded_path
 from tools.common import run_tool
-from tools.compare import FinishedRun, read_run, short_names
+from tools.runs import FinishedRun, read_run, short_names
 from utils.config import config_differences, parse, parse_config, recipe_differences, run_folder
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"

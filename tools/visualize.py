@@ -3,8 +3,8 @@
     python tools/visualize.py checkpoint_best.pth --show erf cam --images <folder> --vs resnet50 --output figures
     python tools/visualize.py checkpoint_best.pth --show strips
 
-erf     effective receptive field of each stage, and the share of the area that holds most of it; --vs adds networks of
-        timm with fresh weights at the same size
+erf     effective receptive field of each stage, and the share of the area that holds most of it; --vs adds other
+        checkpoints, or networks of timm with fresh weights, at the same size
 cam     Grad-CAM overlays: which pixels speak for the predicted class
 strips  the strip weights and the position tables of each stage's last block, as maps
 """
@@ -17,9 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as a file, Python looks in tools/ only
 
 import timm
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import (
     build_batch_transform,
@@ -31,27 +30,25 @@ from data import (
     list_images,
     read_image_file,
 )
-from inference import Opened
+from inference import Opened, open_checkpoint
 from models import StripMLPNet
+from tools.class_activation import draw_cams
 from tools.common import (
     checkpoint_parser,
     make_folder,
     open_from,
     progress,
     run_tool,
-    shortened,
     whole_number,
     write_bytes,
 )
-from tools.figures import grid, png_bytes, put_title
-from tools.receptive_field import area_ratio, as_map, draw_fields, receptive_fields, stages_of
+from tools.figures import png_bytes
+from tools.receptive_field import area_ratio, draw_fields, receptive_fields
 from tools.strip_maps import draw_positions, draw_strips
 from utils.config import input_shape
-from utils.errors import RunError
 
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contribution, for the high-contribution area ratio
 BATCH = 8  # images
-CAM_SIDE = 4  # rows and columns of a map that is worth looking at
 
 
 def chosen_images(opened: Opened, folder: Path | None, count: int) -> list[tuple]:
@@ -83,51 +80,47 @@ def batches(opened: Opened, images: Sequence[tuple]) -> Iterator[Tensor]:
         yield transform(*collate(images[start : start + BATCH]))[0]
 
 
-def draw_cams(opened: Opened, images: Sequence[tuple]) -> Figure:
-    """Return Grad-CAM overlays for the predicted class, from the last stage with at least ``CAM_SIDE`` rows.
+def compared(opened: Opened, name: str) -> tuple[str, nn.Module]:
+    """Return the label and the network of one ``--vs``: of another checkpoint, or a fresh one of timm.
 
     Raises:
-        RunError: the package is missing, or no map is large enough.
+        ValueError: the other checkpoint is for another image size.
     """
-    try:
-        from pytorch_grad_cam import GradCAM
-        from pytorch_grad_cam.utils.image import show_cam_on_image
-    except ImportError as error:
-        raise RunError("Grad-CAM needs the package grad-cam; see requirements-extra.txt") from error
-    side = min(input_shape(opened.config)[1:])
-    large = [stage for stage in stages_of(opened.model) if side // stage.reduction >= CAM_SIDE]
-    if not large:
-        raise RunError(f"no stage has a map of {CAM_SIDE} rows at DATA.IMG_SIZE {side}; use larger images")
-    layer, channels = large[-1].module, large[-1].channels
-    mean, std = (torch.tensor(opened.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    figure, axes = grid(-(-len(images) // 6), min(6, len(images)))
-    places = iter(axes)
-    with GradCAM(opened.model, [layer], reshape_transform=lambda output: as_map(output, channels)) as cam:
-        for batch in batches(opened, images):
-            masks = cam(input_tensor=batch, targets=None)  # for the class with the largest score
-            best = opened.model(batch).softmax(dim=1).max(dim=1)
-            for image, mask, share, label in zip(batch.cpu(), masks, *(part.tolist() for part in best), strict=True):
-                pixels = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-                ax = next(places)
-                ax.imshow(show_cam_on_image(pixels, mask, use_rgb=True))
-                put_title(ax, f"{shortened(opened.names[label], 28)} {share:.0%}")
-    return figure
+    size = opened.config.DATA.IMG_SIZE
+    if Path(name).is_file():
+        other = open_checkpoint(name, device=opened.device)
+        if other.config.DATA.IMG_SIZE != size:
+            raise ValueError(f"--vs {name} is for images of {other.config.DATA.IMG_SIZE} pixels, not {size}")
+        return "/".join(Path(name).resolve().with_suffix("").parts[-2:]), other.model
+    fixed = timm.get_pretrained_cfg(name)
+    args = {"img_size": size} if fixed is not None and fixed.fixed_input_size else {}
+    return f"{name} (not trained)", timm.create_model(name, **args).to(opened.device).eval()
 
 
 def fields_of(opened: Opened, others: Sequence[str], images: Sequence[tuple]) -> dict[str, list[Tensor]]:
-    """Return the receptive fields of the checkpoint and of fresh timm models, and print their area ratios."""
-    models = {opened.config.MODEL.NAME: opened.model}
-    for name in others:
-        fixed = timm.get_pretrained_cfg(name)
-        size = {"img_size": opened.config.DATA.IMG_SIZE} if fixed is not None and fixed.fixed_input_size else {}
-        models[f"{name} (not trained)"] = timm.create_model(name, **size).to(opened.device).eval()
+    """Return the receptive fields of the checkpoint and of other networks, and print their area ratios."""
+    models = {opened.model_name: opened.model} | dict(compared(opened, name) for name in others)
+    if len(models) <= len(others):
+        raise ValueError(f"--vs {' '.join(others)}: two networks have the same name; compare them one by one")
     fields = {name: receptive_fields(model, batches(opened, images)) for name, model in models.items()}
     print("share of the area that holds this share of the contribution:")
     for name, stages in fields.items():
         for stage, field in enumerate(stages):
-            ratios = "  ".join(f"{share:.0%}: {area_ratio(field, share):6.1%}" for share in SHARES)
+            ratios = "  ".join(f"{100 * share:.0f} %: {100 * area_ratio(field, share):5.1f} %" for share in SHARES)
             print(f"{name}, stage {stage + 1}:  {ratios}")
     return fields
+
+
+def drawn(opened: Opened, args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
+    """Yield the name and the figure of everything that ``--show`` names."""
+    images = chosen_images(opened, args.images, args.count) if {"erf", "cam"} & set(args.show) else []
+    if "strips" in args.show:
+        yield "strip_weights", draw_strips(opened.model)
+        yield "position_tables", draw_positions(opened.model)
+    if "erf" in args.show:
+        yield "erf", draw_fields(fields_of(opened, args.vs, images))
+    if "cam" in args.show:
+        yield "cam", draw_cams(opened, batches(opened, images), len(images))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=expanded_path, metavar="FOLDER", help="images, at any depth, for erf and cam")
     parser.add_argument("--data-path", metavar="FOLDER", help="without --images: data set, of which val/ is used")
     parser.add_argument("--count", type=whole_number(1, 1000), default=24, metavar="N", help="images (%(default)s)")
-    parser.add_argument("--vs", nargs="+", default=[], metavar="NAME", help="timm models to compare with, for erf")
+    parser.add_argument("--vs", nargs="+", default=[], metavar="NAME|FILE", help="for erf: timm models, checkpoints")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="FOLDER", help="(default: %(default)s)")
     return parser
 
@@ -145,22 +138,16 @@ def build_parser() -> argparse.ArgumentParser:
 def command(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     args = build_parser().parse_args(argv)
-    unknown = [name for name in args.vs if not timm.is_model(name)]
+    unknown = [name for name in args.vs if not (timm.is_model(name) or Path(name).is_file())]
     if unknown:
-        raise ValueError(f"--vs {unknown[0]}: timm knows no such model; timm.list_models() lists the names")
+        raise ValueError(
+            f"--vs {unknown[0]} is neither a file nor a model of timm, whose names timm.list_models() lists"
+        )
     opened = open_from(args, **({"DATA__DATA_PATH": args.data_path} if args.data_path else {}))
+    if "strips" in args.show and not isinstance(opened.model, StripMLPNet):
+        raise ValueError(f"--show strips: {opened.model_name} is not a Strip-MLP and has no strips")
     folder = make_folder(args.output)
-    images = chosen_images(opened, args.images, args.count) if {"erf", "cam"} & set(args.show) else []
-    figures = {}
-    if "erf" in args.show:
-        figures["erf"] = draw_fields(fields_of(opened, args.vs, images))
-    if "cam" in args.show:
-        figures["cam"] = draw_cams(opened, images)
-    if "strips" in args.show:
-        if not isinstance(opened.model, StripMLPNet):
-            raise ValueError(f"{opened.config.MODEL.NAME} is not a Strip-MLP: it has no strips")
-        figures["strip_weights"], figures["position_tables"] = draw_strips(opened.model), draw_positions(opened.model)
-    for name, figure in figures.items():
+    for name, figure in drawn(opened, args):
         write_bytes(folder / f"{name}.png", png_bytes(figure))
         print(f"written to {folder / f'{name}.png'}")
     return 0

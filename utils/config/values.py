@@ -15,6 +15,7 @@ from utils.config.suggest import did_you_mean
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
 NULL = ("", "null", "~", "none")
 
 
@@ -68,6 +69,20 @@ def expand_path(text: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{reprlib.repr(text)}: {expanded.split('/')[0]} is not the home folder of a known user")
     return expanded
+
+
+def read_duration(text: str) -> float:
+    """Return the seconds in a text such as ``6h``, ``90m``, ``300s`` or ``1h30m``; ``0`` is none.
+
+    Raises:
+        ValueError: the text is not a duration.
+    """
+    parts = _DURATION.fullmatch(text.strip().lower())
+    if text.strip() == "0":
+        return 0.0
+    if parts is None or not any(parts.groups()):
+        raise ValueError(f"{reprlib.repr(text)}, not a time such as 6h, 90m, 300s or 1h30m (0 = off)")
+    return sum(float(number) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True) if number)
 
 
 def read_arguments(text: str) -> dict[str, Any]:

@@ -214,29 +214,35 @@ def curves_figure(runs: Mapping[str, list[dict[str, Any]]]) -> "Figure":
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6 + 0.25 * (len(runs) // 4)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
         ("loss (nats)", {"training objective": "train_loss", "validation cross-entropy": "val_loss"}),
         ("validation accuracy (%)", {"top-1": "val_acc1", "top-5": "val_acc5"}),
         ("learning rate", {"": "lr"}),
     )
+    named = "" not in runs
     for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):
-        for number, (run, rows) in enumerate(runs.items()):
+        for number, rows in enumerate(runs.values()):
             for style, (what, key) in zip(("-", "--"), lines.items(), strict=False):
                 points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-                own = {"color": f"C{number % 10}", "linestyle": style} if run else {}
-                label = ", ".join(filter(None, (run, what)))
+                own = {"color": f"C{number % 10}", "linestyle": style} if named else {}
                 if points:
                     marker = "." if len(points) < 40 else None
-                    axes.plot(*zip(*points, strict=True), label=label or None, marker=marker, **own)
+                    axes.plot(*zip(*points, strict=True), label=what, marker=marker, **own)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        if (len(lines) > 1 or len(runs) > 1) and axes.lines:
-            for text in axes.legend(frameon=False, fontsize="small" if len(runs) > 1 else None).get_texts():
-                text.set_parse_math(False)
+        if len(lines) > 1 and axes.lines:
+            grey = [Line2D([], [], color="grey", linestyle=style) for style in ("-", "--")]
+            axes.legend(*((grey, [*lines]) if named else ()), frameon=False)
+    if named:
+        colours = [Line2D([], [], color=f"C{number % 10}") for number in range(len(runs))]
+        legend = figure.legend(colours, [*runs], loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure

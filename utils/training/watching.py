@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Watcher:
     """Sends a run's figures to a logger. Nothing that fails in here stops the run: it is logged once.
 
-    Weights & Biases gets what is written for TensorBoard (its ``sync_tensorboard``).
+    Weights & Biases gets what is written for TensorBoard (its ``wandb.tensorboard.patch``).
 
     Args:
         kind: LOGGER of the configuration: 'none', 'tensorboard' or 'wandb'.
@@ -59,11 +59,11 @@ class Watcher:
         for name, value in numbers.items():
             self._write(lambda writer, name=name, value=value: writer.add_scalar(f"{part}/{name}", value, step))
 
-    def batch(self, images: Tensor, targets: Tensor, classes: Sequence[str], *, smoothing: float, step: int) -> None:
+    def batch(self, images: Tensor, targets: Tensor, classes: Sequence[str], *, step: int, **look: Any) -> None:
         """Draw a batch, ready for the network, into ``batch.png``; see ``draw_batch``."""
         self.picture_due = False
         try:
-            sheet = draw_batch(images, targets, classes, smoothing=smoothing)
+            sheet = draw_batch(images, targets, classes, **look)
             with atomic_file(self._folder / "batch.png") as temporary:
                 sheet.save(temporary, format="PNG", compress_level=1)
         except Exception as error:
@@ -110,7 +110,8 @@ def _open(kind: str, folder: Path, step: int) -> "SummaryWriter":
 
         number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same folder is the same run
         name = "/".join(folder.parts[-2:])
-        wandb.init(dir=str(folder), id=number, name=name, resume="allow", sync_tensorboard=True)
+        wandb.tensorboard.patch(root_logdir=str(folder))
+        wandb.init(dir=str(folder), id=number, name=name, resume="allow")
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
