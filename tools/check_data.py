@@ -13,7 +13,6 @@ Exit code: 0 all files are good, 1 there are bad ones, 2 nothing could be checke
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +35,7 @@ from data import (
     list_images,
     part_of,
 )
+from tools.common import begin_worker
 from utils.errors import ImageReadError, RunError
 from utils.runtime import usable_cores
 
@@ -145,8 +145,8 @@ def _place(text: str) -> str:
 
 
 def _begin(source: FileSource | ShardSource) -> None:
-    """Prepare a process of the pool: Ctrl-C ends its parent, which ends the pool."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepare a process of the pool."""
+    begin_worker()
     _opened.append(source)
 
 

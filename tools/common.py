@@ -3,9 +3,13 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -108,6 +112,18 @@ def make_folder(folder: Path) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(f"cannot write to {folder}; name another folder with --output")
     return folder
+
+
+def begin_worker() -> None:
+    """Prepare a process of a pool: Ctrl-C is left to its parent, and where the parent is killed it ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

@@ -46,7 +46,7 @@ from data import (
     read_image_file,
     write_index,
 )
-from tools.common import printable, progress, run_tool, whole_number
+from tools.common import begin_worker, printable, progress, run_tool, whole_number
 from utils.errors import ImageReadError, RunError
 from utils.runtime import atomic_file, usable_cores
 
@@ -162,7 +162,7 @@ def pack(source: FolderSource, folder: Path, *, options: Options, limit: int, wo
     parts = [_read_part(folder, plan, key) for plan, key in zip(plans, keys, strict=True)]
     wanted = [index for plan, part in zip(plans, parts, strict=True) if part is None for index in plan.indices]
     faults: list[str] = []
-    with ProcessPoolExecutor(workers, initializer=_ignore_interrupt) as pool:
+    with ProcessPoolExecutor(workers, initializer=begin_worker) as pool:
         prepared = _in_order(pool, partial(prepare, options=options), [paths[index] for index in wanted], workers)
         images = iter(progress(prepared, total=len(wanted), desc=f"packing {folder.name}"))
         for plan, key in zip(plans, keys, strict=True):
@@ -302,11 +302,6 @@ def _finish(
 
 def _digest(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the pool
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _terminated(*_: Any) -> None:
