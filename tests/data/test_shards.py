@@ -8,9 +8,12 @@ import logging
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +157,28 @@ def test_interrupted_packing_goes_on_where_it_was(packed, tmp_path, monkeypatch)
     assert pack_all(packed / "folder", tmp_path / "out", "--parts", "train") == 0
     assert files_of(tmp_path / "out" / "train") == files_of(packed / "shards" / "train")
     assert (tmp_path / "out" / "train" / "shard-000000.tar").stat().st_ino == first.st_ino, "it was kept"
+
+
+@pytest.mark.faults
+def test_killed_packing_leaves_no_process_and_goes_on(packed, tmp_path):
+    words = [packed / "folder", tmp_path / "out", "--shard-size", 1, "--workers", 2]
+    program = [sys.executable, Path(pack.__file__), *words]
+    with subprocess.Popen([str(word) for word in program], start_new_session=True) as process:
+        while not (tmp_path / "out" / "train" / "shard-000000.tar").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("processes of the pool live on")
+    assert pack_all(packed / "folder", tmp_path / "out") == 0
+    assert files_of(tmp_path / "out") == files_of(packed / "shards")
 
 
 def test_folders_that_hold_something_else_stay_as_they_are(packed, tmp_path):
