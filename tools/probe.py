@@ -10,8 +10,8 @@ docs/OWN_DATA.md defines the two classifiers, which follow the evaluation of DIN
 import argparse
 import hashlib
 import json
-import logging
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
@@ -30,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from data import ImageLoader, build_batch_transform, build_val_loader, expanded_path
 from inference import checkpoint_config, load_model
 from models import inference_form
+from tools.common import checkpoint_parser, make_folder, progress, run_tool
 from utils.checkpoint import preprocessing, resolve_source, sha256
-from utils.errors import CheckpointError, ImageReadError
-from utils.runtime import atomic_file
+from utils.runtime import atomic_file, select_device
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -51,9 +50,7 @@ def build_features(config: CfgNode, weights: str | None, device: torch.device) -
 def extract(model: nn.Module, loader: ImageLoader, config: CfgNode, device: torch.device) -> np.ndarray:
     """Return the pooled features of all images, float32 (N, D)."""
     transform = build_batch_transform(config, is_train=False, device=device)
-    found = [
-        model(transform(*batch)[0]).float().cpu() for batch in tqdm(loader, "features", unit="batch", disable=None)
-    ]
+    found = [model(transform(*batch)[0]).float().cpu() for batch in progress(loader, desc="features", unit="batch")]
     features = torch.cat(found).numpy()
     if features.ndim != 2:
         raise ValueError(f"the features of {config.MODEL.NAME} have shape {features.shape}; it does not pool them")
@@ -82,7 +79,6 @@ def all_features(
         file = cache_file(folder, config, weights, loader)
         if not file.is_file():
             model = model or build_features(config, weights, device)
-            folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as temporary, open(temporary, "wb") as stream:
                 np.save(stream, extract(model, loader, config, device))
         loader.close()
@@ -113,7 +109,7 @@ def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int)
         kept = np.setdiff1d(np.arange(len(labels)), out)
         fit = LogisticRegression(max_iter=1000, warm_start=True)
         scores = []
-        for value in tqdm(C_VALUES, "choosing C", leave=False, disable=None):
+        for value in progress(C_VALUES, desc="choosing C", unit="value"):
             fit.set_params(C=value).fit(train[kept], labels[kept])
             scores.append(fit.score(train[out], labels[out]))
         chosen = float(C_VALUES[int(np.argmax(scores))])  # the smallest of those that are best
@@ -155,41 +151,37 @@ def table(train: tuple, test: tuple, shots: Sequence[int], seeds: int) -> Iterat
             yield f"{count or 'all':<18}{method:22}{values:20}{cells[0]:>14}{cells[1]:>16}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+def command(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     overrides = {"DATA.DATA_PATH": args.data_path, **({"DATA.DATASET": args.dataset} if args.dataset else {})}
-    try:
-        config = checkpoint_config(args.checkpoint, args.cfg, opts=args.opts, overrides=overrides)
-        train, test = all_features(config, args.cache, args.weights, torch.device(args.device))
-        if train[2] != test[2]:
-            raise ValueError(f"validation has classes that training lacks: {sorted(set(test[2]) - set(train[2]))[:5]}")
-        print(f"{args.checkpoint}: {train[0].shape[1]} features, {len(train[2])} classes; fitted on training images")
-        print(f"(all: {len(train[0])}), measured on {len(test[0])} validation images")
-        for line in table(train, test, args.shots, args.seeds):
-            print(line, flush=True)
-    except (CheckpointError, ImageReadError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = checkpoint_config(args.checkpoint, args.cfg, opts=args.opts, overrides=overrides)
+    device = torch.device(args.device) if args.device else select_device()
+    train, test = all_features(config, make_folder(args.cache, "--cache"), args.weights, device)
+    if train[2] != test[2]:
+        raise ValueError(f"validation has classes that training lacks: {sorted(set(test[2]) - set(train[2]))[:5]}")
+    if len(train[2]) < 2:
+        raise ValueError(f"{args.data_path} has a single class, {train[2][0]!r}: there is nothing to tell apart")
+    print(f"{args.checkpoint}: {train[0].shape[1]} features, {len(train[2])} classes; fitted on training images")
+    print(f"(all: {len(train[0])}), measured on {len(test[0])} validation images")
+    warnings.filterwarnings("ignore", message="The number of unique classes is greater")  # few images of each
+    for line in table(train, test, args.shots, args.seeds):
+        print(line, flush=True)
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description="k-NN and logistic regression on frozen features.")
-    parser.add_argument("checkpoint", help="checkpoint or weight file, or its https address with a checksum")
-    parser.add_argument("--cfg", help="config file, for files that hold no configuration")
-    parser.add_argument("--data-path", required=True, help="folder of the data set")
-    parser.add_argument("--dataset", help="name of the data set (default: the configuration's)")
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="set any key")
+    parser = checkpoint_parser(__doc__)
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--dataset", metavar="NAME", help="name of the data set (default: the configuration's)")
     parser.add_argument("--shots", type=int, nargs="+", default=[], metavar="N", help="also fit to N images per class")
-    parser.add_argument("--seeds", type=int, default=3, help="draws of few images (default: %(default)s)")
-    parser.add_argument("--weights", choices=("model", "ema"), help="default: the average if the file has one")
-    parser.add_argument("--cache", type=expanded_path, default=Path("output/probe"), help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="draws of few images (default: %(default)s)")
+    parser.add_argument(
+        "--cache", type=expanded_path, default=Path("output/probe"), metavar="DIR", help="default: %(default)s"
+    )
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(command))

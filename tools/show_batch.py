@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as a file, Python looks in tools/ only
@@ -20,9 +21,8 @@ from yacs.config import CfgNode
 
 from data import build_batch_transform, build_train_loader, check_transform
 from inference import checkpoint_config
-from tools.common import output_path, run_tool
+from tools.common import output_path, run_tool, write_bytes
 from utils.config import load_config
-from utils.runtime import atomic_file
 from utils.training import draw_batch
 
 
@@ -34,7 +34,8 @@ def first_batch(config: CfgNode, epoch: int) -> Image.Image:
         if len(classes) > count:
             raise ValueError(f"the data have {len(classes)} classes, MODEL.NUM_CLASSES is {count}")
         if loader.sampler.batches_per_epoch == 0:
-            raise ValueError(f"{len(loader.dataset)} images do not fill one batch of {config.DATA.BATCH_SIZE}")
+            count, batch = len(loader.dataset), config.DATA.BATCH_SIZE
+            raise ValueError(f"{count} image(s) do not fill a batch of {batch}; set DATA.BATCH_SIZE with --opts")
         accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
         updates = -(-loader.sampler.batches_per_epoch // accumulation)
         loader.sampler.set_progress(epoch - 1)
@@ -70,8 +71,9 @@ def command(argv: Sequence[str] | None = None) -> int:
     else:
         config = checkpoint_config(args.source, opts=args.opts, overrides=overrides)
     picture = first_batch(config, args.epoch)
-    with atomic_file(args.output) as temporary:
-        picture.save(temporary, format="PNG")
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG")
+    write_bytes(args.output, buffer.getvalue())
     print(f"written to {args.output}")
     return 0
 

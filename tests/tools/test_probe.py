@@ -10,6 +10,7 @@ import torch
 from models import build_model
 from tests.tiny_run import TinyRun
 from tools import probe
+from tools.common import run_tool
 from utils.checkpoint.files import load_checkpoint
 
 
@@ -24,7 +25,7 @@ def checkpoint(tiny: TinyRun) -> Path:
 
 
 def run(*words: object) -> int:
-    return probe.main([str(word) for word in words])
+    return run_tool(probe.command, [str(word) for word in words])
 
 
 def clusters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
