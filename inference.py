@@ -47,7 +47,7 @@ from utils.checkpoint import (
     warn_preprocessing,
     weight_options,
 )
-from utils.config import input_shape, load_config, load_stored_config
+from utils.config import input_shape, load_config, load_stored_config, with_values
 from utils.errors import ImageReadError
 from utils.runtime import select_device, usable_cores
 from utils.training import EvalResult, build_precision, class_scores, evaluate
@@ -146,8 +146,9 @@ def load_model(config: CfgNode, device: torch.device, *, weights: str | None = N
     ``num_classes``: of the data, for MODEL.NUM_CLASSES 0 and a file without class names.
     """
     source = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    names = () if config.MODEL.NUM_CLASSES else class_names(source)
-    model = build_model(config, config.MODEL.NUM_CLASSES or len(names) or num_classes).to(device)
+    if not config.MODEL.NUM_CLASSES:
+        config = with_values(config, {"MODEL.NUM_CLASSES": len(class_names(source)) or num_classes})
+    model = build_model(config).to(device)
     _, metadata = load_weights(
         model,
         source,
@@ -175,6 +176,7 @@ def evaluate_opened(
     *,
     rank: int = 0,
     observe: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    quiet: bool = False,
 ) -> EvalResult:
     """Evaluate on the validation data in the inference form. Collective.
 
@@ -183,6 +185,7 @@ def evaluate_opened(
         loader: ``data.build_val_loader`` of its configuration.
         rank: of this process.
         observe: see ``utils.training.evaluate``.
+        quiet: do not log how the classes were matched.
 
     Raises:
         ValueError: the data do not fit the configuration.
@@ -190,7 +193,7 @@ def evaluate_opened(
     """
     config, source = opened.config, opened.config.MODEL.RESUME or opened.config.MODEL.PRETRAINED
     named = {**opened.metadata, "classes": list(opened.classes)}
-    columns = class_columns(loader.dataset.classes, named, source, opened.model.num_classes)
+    columns = class_columns(loader.dataset.classes, named, source, opened.model.num_classes, quiet=quiet)
     held_out = held_out_images(config, loader.dataset)
     check_held_out(held_out and held_out.digest, opened.metadata, source)
     check_data(config, None, loader.dataset, subset=columns is not None)

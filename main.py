@@ -8,13 +8,16 @@ Read ``train`` for the order of a run, ``train_one_epoch`` for the loop, ``accum
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -22,11 +25,14 @@ from yacs.config import CfgNode
 
 import main_eval
 from data import (
+    ImageDataset,
+    ImageLoader,
     build_batch_transform,
     build_train_loader,
     build_val_loader,
     check_data,
     check_transform,
+    data_facts,
     describe_classes,
     held_out_images,
 )
@@ -35,24 +41,41 @@ from utils.checkpoint import (
     BEST,
     CheckpointStore,
     checkpoint_metadata,
+    kept_plan,
     load_teacher,
     load_weights,
+    resolve_source,
+    sha256,
     starting_point,
+    warn_held_out,
     warn_preprocessing,
     weight_options,
 )
-from utils.config import parse, short_of_updates
-from utils.runtime import Run, StopRequest, start_run, torch_random_state
+from utils.config import dump_config, parse, read_duration, short_of_updates
+from utils.rehearsal import group_of_one, noise_batches, plan_batch, rehearse
+from utils.runtime import (
+    SAME_FILES,
+    Run,
+    StopRequest,
+    on_main_process,
+    phase,
+    require_agreement,
+    start_run,
+    torch_random_state,
+)
 from utils.session import Batch, Objective, Session, located_errors, update_groups
 from utils.training import (
+    Costs,
     EvalResult,
     NonFiniteGuard,
     Progress,
     RunningMeans,
+    TimeBudget,
     TrainState,
     UpdateTimer,
     Watcher,
     averaged_batchnorm,
+    batch_choices,
     build_criterion,
     build_optimizer,
     build_precision,
@@ -63,6 +86,7 @@ from utils.training import (
     epoch_row,
     evaluate,
     global_batch_size,
+    plan_length,
     poison_nonfinite,
     record_epoch,
     scaled_learning_rates,
@@ -94,27 +118,31 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
         session: what surrounds the training state.
         allow_change: keys of the recipe that may differ from the checkpoint's (``--allow-change KEY``).
     """
-    config, run = session.config, session.run
     log_data(session)
     model, state = build_training(session)
+    costs = None
+    if session.budget.seconds and not session.config.TRAIN.UPDATES:
+        costs = rehearse(model, state, session, train_one_epoch=train_one_epoch, validate=validate)
     load_starting_point(state, session, allow_change)
-    progress = state.progress
+    if costs is not None:
+        session = plan_updates(state, session, costs)
+    config, run, progress = session.config, session.run, state.progress
     run.write_recipe(config)
     if run.is_main:
-        held_out = held_out_images(config, session.val_loader.dataset)
-        if held_out is not None:
-            held_out.write(run.output_dir)
+        if session.held_out is not None:
+            session.held_out.write(run.output_dir)
         trim_metrics(run.output_dir / "metrics.jsonl", progress.epoch)
     session.check_free_space(state)
     session.watcher.start(progress.global_step, session.metadata["config"])
     session.stop.begin_training()
-    while progress.epoch < config.TRAIN.EPOCHS:
+    while progress.epoch < session.epochs:
         with located_errors(session, state):
             row = train_one_epoch(model, state, session)
             finished = not session.stop.agreed and finish_epoch(state, session, row)
-        if not finished:
-            preempt(state, session)
-            return
+            if not finished:
+                preempt(state, session)
+                return
+    session.store.finish()
     logger.info(
         "done: best top-1 %.2f %% after epoch %d; checkpoints, metrics.jsonl and curves.png in %s",
         progress.best_acc1,
@@ -124,34 +152,137 @@ def train(session: Session, *, allow_change: Sequence[str] = ()) -> None:
     run.write_status("completed", step=progress.global_step, epoch=progress.epoch, best_acc1=progress.best_acc1)
 
 
+@phase("reading the data")
 def build_session(config: CfgNode, run: Run, stop: StopRequest) -> Session:
     """Build everything around the model. Problems with settings and data are found here, before the model is built."""
-    check_transform(config)
-    check_model(config, run.device)
-    check_compiler(config, run.device)
-    loader = build_train_loader(config, device=run.device)
-    val_loader = build_val_loader(config, device=run.device)
-    check_data(config, loader.dataset, val_loader.dataset)
-    dataset, num_classes = loader.dataset, len(loader.dataset.classes)
-    transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank, num_classes=num_classes)
-    weights = class_weights(config, dataset.targets, num_classes)
-    held_out = held_out_images(config, val_loader.dataset)
+    least = batch_choices(config, run.world_size)[-1]
+    return assemble_session(config, run, stop, *check_and_load(least, run.device))
+
+
+def check_and_load(
+    config: CfgNode,
+    device: torch.device,
+    *,
+    world_size: int | None = None,
+    part: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+) -> tuple[ImageLoader | None, ImageLoader | None]:
+    """Check settings and data, which takes no measuring; return the loaders of training and validation.
+
+    Args:
+        config: the configuration.
+        device: where the run computes.
+        world_size: number of processes to check for; None: of this run.
+        part: context for a part of the checks. tools/preflight.py goes on after an error; what could not be loaded is
+            None then.
+    """
+    loader = val_loader = None
+    with part("transform"):
+        check_transform(config)
+    with part("model"):
+        check_model(config, device)
+    with part("compiler"):
+        check_compiler(config, device)
+    with part("training images"):
+        loader = build_train_loader(config, device=device)
+    with part("validation images"):
+        val_loader = build_val_loader(config, device=device)
+    with part("classes and batch"):
+        datasets = [each if each is None else each.dataset for each in (loader, val_loader)]
+        check_data(config, *datasets, world_size=world_size)
+    return loader, val_loader
+
+
+def assemble_session(
+    config: CfgNode, run: Run, stop: StopRequest, loader: ImageLoader, val_loader: ImageLoader
+) -> Session:
+    """Put together what surrounds the model, with loaders that have been checked, and plan the batch if asked to."""
+    dataset, val_dataset = loader.dataset, val_loader.dataset
+    held_out = held_out_images(config, val_dataset)
     metadata = checkpoint_metadata(config, dataset.classes, len(dataset), held_out and held_out.digest)
-    teacher = load_teacher(config, run.device, metadata, build=build_model, remap=from_published)
-    return Session(
-        config=config,
+    objective = build_objective(config, run, metadata, dataset)
+    if objective.teacher is not None:
+        metadata["teacher"] = objective.teacher.digest
+    require_agreement(
+        lambda: {
+            **data_facts(config, train=dataset, val=val_dataset),
+            "weights of the teacher": metadata.get("teacher"),
+        },
+        remedy=SAME_FILES,
+    )
+    store = CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP)
+    kept = kept_plan(config, store, run.world_size, restarted=run.restarted)
+    two_updates = partial(try_updates, objective=objective, run=run, num_classes=len(dataset.classes))
+    needed = partial(check_model, device=run.device)
+    config = plan_batch(config, kept, run, len(dataset), needed=needed, two_updates=two_updates)
+    if config.TRAIN.GLOBAL_BATCH:
+        loader = build_train_loader(config, device=run.device, dataset=dataset)
+        val_loader = build_val_loader(config, device=run.device, dataset=val_dataset)
+    session = Session(
+        **vars(objective) | {"config": config},
         run=run,
-        precision=build_precision(config, run.device),
         loader=loader,
         val_loader=val_loader,
-        transform=transform,
         val_transform=build_batch_transform(config, is_train=False, device=run.device, rank=run.rank),
-        criterion=build_criterion(config, soft_targets=transform.mixes, weights=weights).to(run.device),
-        teacher=teacher,
-        store=CheckpointStore(run.output_dir, config.TRAIN.SAVE_KEEP),
+        held_out=held_out,
+        store=store,
         stop=stop,
         watcher=Watcher(config.LOGGER, run.output_dir, is_main=run.is_main),
-        metadata=metadata if teacher is None else {**metadata, "teacher": teacher.digest},
+        metadata=metadata,
+        budget=TimeBudget(read_duration(config.TRAIN.TIME_BUDGET), stop.started),
+    )
+    return with_config(session, config)
+
+
+def build_objective(config: CfgNode, run: Run, metadata: dict[str, Any], dataset: ImageDataset) -> Objective:
+    """Build what turns a batch of any size into a loss."""
+    num_classes = len(dataset.classes)
+    transform = build_batch_transform(config, is_train=True, device=run.device, rank=run.rank, num_classes=num_classes)
+    weights = class_weights(config, dataset.targets, num_classes)
+    return Objective(
+        config=config,
+        precision=build_precision(config, run.device),
+        transform=transform,
+        criterion=build_criterion(config, soft_targets=transform.mixes, weights=weights).to(run.device),
+        teacher=load_teacher(config, run.device, metadata, build=build_model, remap=from_published),
+    )
+
+
+def try_updates(config: CfgNode, objective: Objective, run: Run, num_classes: int) -> None:
+    """Build what trains with the batch of ``config`` and do two updates on random images, on this process alone."""
+    objective = replace(objective, config=config)
+    with group_of_one(run.rank) as group:
+        model, state = build_state(objective, run, num_classes, updates_per_epoch=100, group=group)
+        for _ in range(2):
+            update(model, state, noise_batches(config, num_classes, count=min(2, objective.accumulation)), objective)
+            state.progress.global_step += 1
+            if state.ema is not None:
+                state.ema.update(state.model, step=state.progress.global_step)
+
+
+def plan_updates(state: TrainState, session: Session, costs: Costs) -> Session:
+    """Return the session of a run that fills its time budget, and give ``state`` its schedule. Collective."""
+    done, per_epoch = session.updates_done(state.progress), session.updates_per_epoch
+    config = on_main_process(lambda: plan_length(session.config, costs, session.budget, per_epoch, done=done))
+    session = with_config(session, config)
+    lrs = scaled_learning_rates(config, session.run.world_size)
+    state.scheduler = build_scheduler(config, state.optimizer, lrs, session.schedule_epoch)
+    session.set_learning_rate(state)
+    return session
+
+
+def with_config(session: Session, config: CfgNode) -> Session:
+    """Return the session under a configuration that was planned; all that depends on the length of the run follows."""
+    session = replace(session, config=config, metadata={**session.metadata, "config": dump_config(config)})
+    return replace(
+        session,
+        transform=build_batch_transform(
+            config,
+            is_train=True,
+            device=session.run.device,
+            rank=session.run.rank,
+            num_classes=len(session.metadata["classes"]),
+            epochs=session.total_updates / session.updates_per_epoch,
+        ),
     )
 
 
@@ -173,22 +304,11 @@ def log_data(session: Session) -> None:
         logger.warning("%s", warning)
 
 
+@phase("building the model")
 def build_training(session: Session) -> tuple[DistributedDataParallel, TrainState]:
     """Build the model, its distributed wrapper and what trains it; the state holds the bare model."""
-    config, run, precision = session.config, session.run, session.precision
-    model = build_model(config, len(session.metadata["classes"])).to(run.device)
-    model = accelerate(model, run.device, lean=config.TRAIN.LEAN)
-    ddp_model = wrap_for_training(model, run.device, sync_bn=config.TRAIN.SYNC_BN)
-    lrs = scaled_learning_rates(config, run.world_size)
-    optimizer = build_optimizer(config, model, lrs.base)
-    scheduler = build_scheduler(config, optimizer, lrs, session.updates_per_epoch)
-    ema = None
-    if config.TRAIN.EMA_DECAY > 0:
-        ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
-    parameters = sum(p.numel() for p in model.parameters())
-    logger.info("model: %s, %s parameters, %s", config.MODEL.NAME, f"{parameters:,}", precision.description)
-    if config.TRAIN.FREEZE != "none":
-        logger.info("frozen, TRAIN.FREEZE %s: %s", config.TRAIN.FREEZE, ", ".join(frozen_parts(model)))
+    config, run = session.config, session.run
+    model, state = build_state(session, run, len(session.metadata["classes"]), session.schedule_epoch)
     logger.info(
         "update: %d images (%d x %d process(es) x %d), %d updates per epoch, learning rate %g",
         global_batch_size(config, run.world_size),
@@ -196,8 +316,31 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
         run.world_size,
         session.accumulation,
         session.updates_per_epoch,
-        lrs.base,
+        scaled_learning_rates(config, run.world_size).base,
     )
+    return model, state
+
+
+def build_state(
+    objective: Objective, run: Run, num_classes: int, updates_per_epoch: float, group: ProcessGroup | None = None
+) -> tuple[DistributedDataParallel, TrainState]:
+    """Build what ``build_training`` returns, for the processes of a group (None: all)."""
+    config, precision = objective.config, objective.precision
+    model = build_model(config, num_classes).to(run.device)
+    model = accelerate(model, run.device, lean=config.TRAIN.LEAN)
+    ddp_model = wrap_for_training(
+        model, run.device, sync_bn=config.TRAIN.SYNC_BN, grad_compression=config.TRAIN.GRAD_COMPRESSION, group=group
+    )
+    lrs = scaled_learning_rates(config, run.world_size)
+    optimizer = build_optimizer(config, model, lrs.base)
+    scheduler = build_scheduler(config, optimizer, lrs, updates_per_epoch)
+    ema = None
+    if config.TRAIN.EMA_DECAY > 0:
+        ema = ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
+    parameters = sum(p.numel() for p in model.parameters())
+    logger.info("model: %s, %s parameters, %s", config.MODEL.NAME, f"{parameters:,}", precision.description)
+    if config.TRAIN.FREEZE != "none":
+        logger.info("frozen, TRAIN.FREEZE %s: %s", config.TRAIN.FREEZE, ", ".join(frozen_parts(model)))
     guard = NonFiniteGuard(model, run.device, config.TRAIN.MAX_NONFINITE)
     state = TrainState(model, optimizer, scheduler, precision.scaler, guard, RunningMeans(run.device), ema)
     compile_and_warm_up(
@@ -211,15 +354,18 @@ def build_training(session: Session) -> tuple[DistributedDataParallel, TrainStat
     return ddp_model, state
 
 
+@phase("loading the starting point")
 def load_starting_point(state: TrainState, session: Session, allow_change: Sequence[str]) -> None:
     """Fill the state: from ``--resume``, else the run's own newest checkpoint, else ``--pretrained``, else nothing."""
     config = session.config
-    path = starting_point(config, session.store)
+    path = starting_point(config, session.store, restarted=session.run.restarted)
     if path is not None:
         session.resume(state, path, allow_change)
         if config.MODEL.PRETRAINED:
             logger.info("--pretrained %s is not read: the run goes on from a checkpoint", config.MODEL.PRETRAINED)
     elif config.MODEL.PRETRAINED:
+        source = resolve_source(config.MODEL.PRETRAINED)
+        require_agreement(lambda: {"MODEL.PRETRAINED (SHA-256)": sha256(source)}, remedy=SAME_FILES)
         _, metadata = load_weights(
             state.model,
             config.MODEL.PRETRAINED,
@@ -231,6 +377,7 @@ def load_starting_point(state: TrainState, session: Session, allow_change: Seque
             **weight_options(config),
         )
         warn_preprocessing(config, metadata, config.MODEL.PRETRAINED, state.model)
+        warn_held_out(session.metadata.get("held_out"), metadata, config.MODEL.PRETRAINED)
         if state.ema is not None:
             state.ema.set(state.model)
     else:
@@ -238,6 +385,7 @@ def load_starting_point(state: TrainState, session: Session, allow_change: Seque
     session.store.set_aside_beyond(state.progress.global_step)
 
 
+@phase("training")
 def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: Session) -> dict[str, Any]:
     """Train on what is left of the epoch in progress; return its figures for ``metrics.jsonl``.
 
@@ -251,12 +399,7 @@ def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: 
     model.train()
     for group in timer.fetched(update_groups(session, state)):
         lr = state.learning_rate
-        state.guard.begin(update_record(progress, group))
-        loss = accumulate_gradients(model, group, progress, session)
-        state.scaler.unscale_(state.optimizer)
-        grad_norm = clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD or math.inf)
-        skipped = state.guard.step_unless_nonfinite(state.optimizer, state.scaler, grad_norm, loss)
-        state.optimizer.zero_grad()
+        loss, grad_norm, skipped = update(model, state, group, session)
 
         images = len(group) * config.DATA.BATCH_SIZE * run.world_size
         progress.global_step += 1
@@ -270,6 +413,22 @@ def train_one_epoch(model: DistributedDataParallel, state: TrainState, session: 
             break
     session.check_finite(state)
     return epoch_row(state.means, timer, device=run.device)
+
+
+def update(
+    model: DistributedDataParallel, state: TrainState, group: list[Batch], objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do one optimizer update on its micro-batches; return (mean loss, gradient norm, whether it was skipped).
+
+    All three are on the device: nothing in here waits for it.
+    """
+    state.guard.begin(update_record(state.progress, group))
+    loss = accumulate_gradients(model, group, state.progress, objective)
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = clip_grad_norm_(model.parameters(), objective.config.TRAIN.CLIP_GRAD or math.inf)
+    skipped = state.guard.step_unless_nonfinite(state.optimizer, state.scaler, grad_norm, loss)
+    state.optimizer.zero_grad()
+    return loss, grad_norm, skipped
 
 
 def accumulate_gradients(
@@ -314,6 +473,7 @@ def update_record(progress: Progress, group: list[Batch]) -> dict[str, Any]:
     }
 
 
+@phase("finishing the epoch")
 def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bool:
     """Evaluate, remember the best, report and save.
 
@@ -323,7 +483,7 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
     config, progress = session.config, state.progress
     epoch = progress.epoch + 1
     result = None
-    if epoch % config.TEST.INTERVAL == 0 or epoch == config.TRAIN.EPOCHS:
+    if epoch % config.TEST.INTERVAL == 0 or epoch == session.epochs:
         result = validate(state, session)
         if result is None:
             return False
@@ -345,11 +505,12 @@ def finish_epoch(state: TrainState, session: Session, row: dict[str, Any]) -> bo
         row = record_epoch(session.run.output_dir, row, result)
         session.watcher.figures("epoch", row, progress.global_step)
         session.watcher.histogram(progress.global_step)
-    milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS else ()
-    session.save(state, (*((BEST,) if is_best else ()), *milestone))
+    milestone = (f"ckpt_epoch_{epoch}.pth",) if epoch % config.SAVE_FREQ == 0 or epoch == session.epochs else ()
+    session.save(state, (*((BEST,) if is_best else ()), *milestone), background=True)
     return True
 
 
+@phase("evaluating")
 def validate(state: TrainState, session: Session) -> EvalResult | None:
     """Evaluate the model, or its averaged weights if there are any, on the whole validation set; None after a stop."""
     model = state.eval_model

@@ -26,7 +26,7 @@ from inference import evaluate_opened, load_model
 from models import build_model, check_model, inference_form
 from utils.checkpoint import preprocessing, resolve_source, sha256, stored_config
 from utils.config import input_shape, parse
-from utils.runtime import Run, StopRequest, start_run, write_text_atomic
+from utils.runtime import Run, StopRequest, phase, start_run, write_text_atomic
 from utils.training import (
     ALEXNET_ERRORS,
     SEVERITIES,
@@ -62,6 +62,7 @@ def run(args: Namespace, config: CfgNode) -> None:
             evaluate_checkpoint(config, process, weights=args.weights)
 
 
+@phase("evaluating")
 def evaluate_checkpoint(config: CfgNode, process: Run, *, weights: str | None = None) -> None:
     """Evaluate the file of ``--resume`` (or ``--pretrained``), log the result and write ``eval.json``.
 
@@ -117,7 +118,7 @@ def corruption_row(config: CfgNode, process: Run, weights: str | None) -> dict[s
                 if opened is None:
                     opened = load_model(config, process.device, weights=weights, num_classes=len(classes))
                     opened = replace(opened, model=inference_form(opened.model))  # once for all
-                result = evaluate_opened(replace(opened, config=plain), loader, rank=process.rank)
+                result = evaluate_opened(replace(opened, config=plain), loader, rank=process.rank, quiet=bool(counted))
             error = 100.0 - result.acc1
             logger.info("%s, severity %d: error %.2f %% on %d samples", name, severity, error, result.num_samples)
             errors.setdefault(name, []).append(error)

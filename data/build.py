@@ -28,6 +28,8 @@ from data.sources.csv import CsvSource, csv_classes
 from data.sources.holdout import hold_out
 from data.sources.layout import check_layout
 from data.sources.listing import class_folders
+from data.sources.shards import ShardSource, part_of
+from data.sources.timm_reader import PREFIX, timm_source
 from data.sources.zip import ZipSource
 from utils.config import CIFAR_DATASETS, as_pair
 from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cores
@@ -35,14 +37,17 @@ from utils.runtime import get_rank, get_world_size, once_per_machine, usable_cor
 _WRITE_BATCH = 64  # images
 
 
-def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageLoader:
-    """Return the training loader of this process.
+def build_train_loader(
+    config: CfgNode, *, device: torch.device | str, dataset: ImageDataset | None = None
+) -> ImageLoader:
+    """Return the training loader of this process; of ``dataset``, if it was built before.
 
     It yields (images, targets, indices): images uint8 (B, C, H, W) in channels-last memory (fast pipeline) or
     normalised float (reference pipeline), int64 labels and sample indices (B,). ``loader.sampler`` is a TrainSampler:
     call its ``set_progress`` before each epoch. It gives whole batches only.
     """
-    dataset = build_dataset(config, is_train=True)
+    if dataset is None:
+        dataset = build_dataset(config, is_train=True)
     batch_size = config.DATA.BATCH_SIZE
     sampler = TrainSampler(
         len(dataset),
@@ -57,15 +62,21 @@ def build_train_loader(config: CfgNode, *, device: torch.device | str) -> ImageL
 
 
 def build_val_loader(
-    config: CfgNode, *, device: torch.device | str, of_train: bool = False, part: str = "val"
+    config: CfgNode,
+    *,
+    device: torch.device | str,
+    of_train: bool = False,
+    part: str = "val",
+    dataset: ImageDataset | None = None,
 ) -> ImageLoader:
     """Return this process's share of the validation set, in order, without padding; batches as in training.
 
     Of the training set only the class names are looked at, if it is there. ``len(loader.dataset)`` counts the whole
     validation set. ``of_train``: the training set instead, prepared as for evaluation. ``part``: name of the validation
-    set's folder, CSV file or archive.
+    set's folder, CSV file or archive. ``dataset``: the data set, if it was built before.
     """
-    dataset = build_dataset(config, is_train=of_train, augment=False, part=part)
+    if dataset is None:
+        dataset = build_dataset(config, is_train=of_train, augment=False, part=part)
     sampler = EvalShardSampler(len(dataset), rank=get_rank(), world_size=get_world_size())
     batch_size = config.TEST.BATCH_SIZE or config.DATA.BATCH_SIZE
     return _build_loader(config, dataset, sampler, batch_size=batch_size, device=device)
@@ -104,6 +115,8 @@ def _build_source(config: CfgNode, part: str) -> Source:
     images = {"as_array": data.PIPELINE == "fast", "channels": config.MODEL.STRIP_MLP.IN_CHANS}
     if data.DATASET == "digits":
         return digits_source(is_train=is_train, **images)
+    if data.DATASET.startswith(PREFIX):
+        return timm_source(config, part, **images)
     if not data.DATA_PATH:
         raise ValueError(f"DATA.DATASET {data.DATASET!r} needs DATA.DATA_PATH (--data-path): where are the images?")
     if not data.HOLDOUT:
@@ -112,6 +125,8 @@ def _build_source(config: CfgNode, part: str) -> Source:
         return cifar_source(data.DATASET, data.DATA_PATH, is_train=is_train, download=data.DOWNLOAD, **images)
     if data.ZIP_MODE:
         source = ZipSource(data.DATA_PATH, part, cache_mode=data.CACHE_MODE, **images)
+    elif data.DATASET == "shards":
+        source = ShardSource(part_of(data.DATA_PATH, part), **images)
     else:
         source = _file_source(config, part, **images)
     root = Path(data.DATA_PATH)
@@ -135,6 +150,8 @@ def _file_source(config: CfgNode, part: str, **images: Any) -> FileSource:
         train = root if root.is_file() and holdout else root / "train.csv"
         file = train if holdout else root / f"{part}.csv"
         return CsvSource(file, classes=_of_train(part, csv_classes, train), **images)
+    if root.is_file():
+        raise FileNotFoundError(f"DATA.DATA_PATH {root} is a file, not a folder; to read a CSV file: --dataset csv")
     train = root / "train"
     if holdout:
         return FolderSource(train if train.is_dir() else root, **images)

@@ -1,9 +1,11 @@
 """Checks of the data against the configuration, before training starts."""
 
+import hashlib
 import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import ImageFile
@@ -24,11 +26,12 @@ def check_data(
     val_dataset: ImageDataset | None,
     *,
     subset: bool = False,
+    world_size: int | None = None,
 ) -> None:
     """Compare the data sets with each other and with the configuration; None leaves one out.
 
     A class without validation images is a warning. ``subset``: the data hold a part of the model's classes on purpose,
-    so their number is not compared.
+    so their number is not compared. ``world_size``: processes that share a batch of all; None: those of this run.
 
     Raises:
         ValueError: lists every problem found: labels or number of classes that do not fit MODEL.NUM_CLASSES, classes
@@ -41,10 +44,10 @@ def check_data(
             problems += [f"{part}: {problem}" for problem in found]
     if train_dataset is not None and val_dataset is not None:
         problems += _difference_problems(train_dataset.classes, val_dataset.classes)
-        if config.DATA.DATASET == "csv":
+        if config.DATA.DATASET == "csv" or config.DATA.DATASET.startswith("timm:"):
             _warn_of_shared_images(train_dataset, val_dataset)
     if train_dataset is not None:
-        problems += _batch_problems(config, len(train_dataset))
+        problems += _batch_problems(config, len(train_dataset), world_size or get_world_size())
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         problems.append("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would be used silently")
     if problems:
@@ -52,8 +55,31 @@ def check_data(
         raise ValueError(f"the data cannot be used ({where}):\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+def data_facts(config: CfgNode, **parts: ImageDataset) -> dict[str, Any]:
+    """Return what tells two copies of the data apart: classes, images per class, and the lists of images with labels.
+
+    Images are known by their path below ``DATA.DATA_PATH``; they are not opened.
+
+    Args:
+        config: frozen config.
+        parts: the data sets by their names.
+    """
+    facts: dict[str, Any] = {}
+    root = config.DATA.DATA_PATH
+    for part, dataset in parts.items():
+        facts[f"{part}: images"] = len(dataset)
+        facts |= {f"{part}: class {label}": name for label, name in enumerate(dataset.classes)}
+        counts = np.bincount(dataset.targets, minlength=len(dataset.classes)).tolist()
+        facts |= {f"{part}: images of {name!r}": count for name, count in zip(dataset.classes, counts, strict=True)}
+        digest = hashlib.sha256(dataset.targets.tobytes())
+        for index in range(len(dataset)):
+            digest.update(dataset.sample_name(index).removeprefix(root).encode(errors="surrogateescape") + b"\0")
+        facts[f"{part}: list of images (SHA-256)"] = digest.hexdigest()[:12]
+    return facts
+
+
 def _warn_of_shared_images(train: ImageDataset, val: ImageDataset) -> None:
-    """Warn where images are for training and for validation, which folders cannot be but lists of files can."""
+    """Warn where images are for training and for validation, which lists of files, and splits of timm, can be."""
     names = {train.sample_name(index) for index in range(len(train))}
     shared = [name for name in map(val.sample_name, range(len(val))) if name in names]
     if shared:
@@ -126,7 +152,10 @@ def _difference_problems(train: Sequence[str], val: Sequence[str]) -> list[str]:
         ]
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     parts = [f"only in {part}: {some(names)}" for part, names in (("train", only_train), ("val", only_val)) if names]
-    return [f"train and val have different classes, so their labels differ ({'; '.join(parts) or 'another order'})"]
+    return [
+        f"train and val have different classes, so their labels differ ({'; '.join(parts) or 'another order'}); train "
+        "needs images of each class of val"
+    ]
 
 
 def _composed(name: str) -> str:
@@ -134,13 +163,13 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _batch_problems(config: CfgNode, num_samples: int) -> list[str]:
-    batch, world_size = config.DATA.BATCH_SIZE, get_world_size()
+def _batch_problems(config: CfgNode, num_samples: int, world_size: int) -> list[str]:
+    batch = config.DATA.BATCH_SIZE
     if batch > num_samples:
-        return [f"DATA.BATCH_SIZE {batch} is larger than the {num_samples} training images"]
+        return [f"DATA.BATCH_SIZE {batch} is larger than the {num_samples} training images; take at most {num_samples}"]
     if batch * world_size > num_samples:
         return [
             f"one batch of all {world_size} processes takes {batch * world_size} images (DATA.BATCH_SIZE {batch}), but "
-            f"there are {num_samples} training images"
+            f"there are {num_samples} training images; take a smaller batch or fewer processes"
         ]
     return []

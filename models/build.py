@@ -26,8 +26,8 @@ _NOT_KWARGS = {
 def build_model(config: "CfgNode", num_classes: int = 0) -> nn.Module:
     """Return the model that the MODEL keys of the config describe, on the CPU, in training mode.
 
-    MODEL.DROP_RATE has an effect only where MODEL.DROP is true; TRAIN.USE_CHECKPOINT switches on activation
-    checkpointing, TRAIN.FREEZE keeps parts from training.
+    MODEL.DROP_RATE has an effect only where MODEL.DROP is true. TRAIN.USE_CHECKPOINT switches on activation
+    checkpointing, MODEL.HEAD_INIT_SCALE scales the head, TRAIN.FREEZE keeps parts from training; not for evaluation.
 
     Args:
         config: the configuration.
@@ -46,6 +46,8 @@ def build_model(config: "CfgNode", num_classes: int = 0) -> nn.Module:
             "checkpoint say how many; set it, for example with --opts MODEL.NUM_CLASSES 10"
         )
     model = builders[config.MODEL.TYPE](config, num_classes)
+    if config.EVAL_MODE or config.THROUGHPUT_MODE:
+        return model
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing(True)
     if config.MODEL.HEAD_INIT_SCALE != 1.0:

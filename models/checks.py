@@ -24,13 +24,16 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LEAST_KEPT_SHARE = 0.25
 
 
-def check_model(config: "CfgNode", device: torch.device, *, training: bool = True) -> None:
+def check_model(config: "CfgNode", device: torch.device, *, training: bool = True) -> int:
     """Build the model of the config and pass one batch through it, without memory and without random numbers.
 
     Args:
         config: the configuration.
         device: where the run computes, for the size of its memory.
         training: as in training, with what is kept for the backward pass; else as in evaluation.
+
+    Returns:
+        An estimate of the bytes that it needs, on the high side; 0 if the model cannot be tried in this way.
 
     Raises:
         ValueError: the model cannot be built or run, or needs more memory than there is; the keys are named.
@@ -44,7 +47,7 @@ def check_model(config: "CfgNode", device: torch.device, *, training: bool = Tru
         reason = _reason(error)
         if not isinstance(error, ValueError) and re.search(r"\bmeta\b", reason, re.IGNORECASE):
             logger.debug("%s cannot be tried in advance: %s", _keys(config), reason)
-            return
+            return 0
         raise ValueError(_problem(config, error, reason)) from error
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     moments = 2 if config.TRAIN.OPTIMIZER.NAME == "adamw" else 1
@@ -56,6 +59,7 @@ def check_model(config: "CfgNode", device: torch.device, *, training: bool = Tru
             f"{config.MODEL.NUM_CLASSES} needs at least {needed / 1e9:,.1f} GB of memory, but {device} has "
             f"{memory / 1e9:,.1f} GB; take a smaller model, image or batch"
         )
+    return weights * copies + kept
 
 
 @contextmanager

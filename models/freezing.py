@@ -1,7 +1,7 @@
 """Parts of a model that keep their weights while the rest is trained."""
 
 from collections.abc import Iterator
-from types import MethodType
+from functools import partial
 
 import torch
 from timm.models import group_parameters
@@ -29,7 +29,7 @@ def freeze(model: nn.Module, part: str) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"TRAIN.FREEZE {part} freezes all of {type(model).__name__}; nothing is left to train")
-    model.train = MethodType(_train_unfrozen, model)  # a method, so that a copy of the model gets its own
+    model.train = partial(_train_unfrozen, model)  # not a closure: copies get their own
     model.train(model.training)
 
 

@@ -100,6 +100,10 @@ def _checked_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> Tens
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _begin_cuda_graphs(*_: Any) -> None:
+    torch.compiler.cudagraph_mark_step_begin()
+
+
 class StripMLPNet(nn.Module):
     """The network (fig. 2): a patch embedding, four stages with merging between them, a linear head.
 
@@ -323,16 +327,22 @@ class StripMLPNet(nn.Module):
         for stage, blocks in enumerate(self.stages):
             for block in blocks:
                 set_map_size(block.strip_mixing.cgsmm, *(side // (patch_size * 2**stage) for side in self.img_size))
-        if hasattr(self, "_traits"):  # what timm 1.0.31 and later keep of the size a model was made with
-            self._traits = {**self._traits, "img_size": self.img_size}
-            self._model_args = {**self._model_args, "img_size": self.img_size}
+        for kept in ("_traits", "_model_args"):  # what timm 1.0.31 and later keep of the size a model was made with
+            if hasattr(self, kept):
+                setattr(self, kept, {**getattr(self, kept), "img_size": self.img_size})
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each block for the backward pass, which then runs the block a second time."""
         self.grad_checkpointing = enable
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile each block in place (``torch.compile`` with ``options``); blocks of a stage share their graphs."""
+        """Compile each block in place (``torch.compile`` with ``options``); blocks of a stage share their graphs.
+
+        With CUDA graphs (``mode="reduce-overhead"``), PyTorch has to be told where a forward pass begins: it would take
+        each block for one, and reuse the memory of maps that later blocks read.
+        """
+        if options.get("mode") == "reduce-overhead":
+            self.register_forward_pre_hook(_begin_cuda_graphs)
         for stage in self.stages:
             for block in stage:
                 block.compile(**options)

@@ -18,11 +18,6 @@ from utils.errors import CheckpointError, ImageReadError
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("inference"))
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tiny: TinyRun) -> Path:
     return tiny.train("--epochs", 1, "--opts", "DATA.VAL_CACHE", tiny.folder / "cache") / "checkpoint_last.pth"
 

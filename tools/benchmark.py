@@ -1,4 +1,4 @@
-"""Measure speed and memory of models, the speed of the data loader, and the start of a run.
+"""Measure speed and memory of models, the speed of the data loader, the start of a run, and several processes.
 
     python tools/benchmark.py model strip_mlp_tiny --mode train --batch 16 --vs reference resnet50
     python tools/benchmark.py model strip_mlp_tiny:inference --batch 1 16 --vs reference resnet50
@@ -6,6 +6,8 @@
     python tools/benchmark.py loader --data-path <folder>
     python tools/benchmark.py startup
     python tools/benchmark.py gpu --json gpu.json
+    python tools/benchmark.py scaling --processes 1 2 --threads 1
+    python tools/benchmark.py scaling --predict
 
 A model is NAME[:FORM][:PRECISION]. NAME: any timm model, or `reference` for the plain published formulation. FORM: none
 (as main.py trains it on this device), plain, lean, compiled, graphed (CUDA graph), inference, inference-compiled or
@@ -22,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as 
 
 import torch
 
-from tools.bench import count, gpu, loader, model, startup
+from tools.bench import count, gpu, loader, model, scaling, startup
 from tools.bench.report import Report
 
-COMMANDS = {"model": model, "count": count, "loader": loader, "startup": startup, "gpu": gpu}
+COMMANDS = {"model": model, "count": count, "loader": loader, "startup": startup, "gpu": gpu, "scaling": scaling}
 
 
 def build_parser() -> argparse.ArgumentParser:

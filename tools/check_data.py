@@ -1,11 +1,12 @@
-"""Decode every image of a folder and list those that training could not read.
+"""Decode every image of a folder, or of shards, and list those that training could not read.
 
     python tools/check_data.py /data/imagenet --output bad_images.txt
 
 All image files below the folder are found as training finds them and read in parallel with the decoder that it uses.
 What was not taken is counted. Each bad file gets one line in the list, ``path<TAB>reason``; links to nothing, FIFOs and
 devices are among them. Files that decode although their JPEG data is damaged count as suspicious: training
-uses them, as the published code does, but some of their pixels may be wrong.
+uses them, as the published code does, but some of their pixels may be wrong. Of shards (docs/SHARDS.md), in a folder or
+at an address, the checksum of each image is compared too.
 
 Exit code: 0 all files are good, 1 there are bad ones, 2 nothing could be checked.
 """
@@ -17,18 +18,29 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
-from data import decode_image, expanded_path, jpeg_complaint, list_images, read_image_file
-from utils.errors import ImageReadError
+from data import (
+    FileSource,
+    ShardSource,
+    decode_image,
+    expanded_path,
+    is_address,
+    is_shard_set,
+    jpeg_complaint,
+    list_images,
+    part_of,
+)
+from utils.errors import ImageReadError, RunError
 from utils.runtime import usable_cores
 
 _CHUNK = 64  # files per task
+_opened: list[FileSource | ShardSource] = []  # in a process of the pool, the source that it inspects
 
 
 @dataclass(frozen=True)
@@ -40,24 +52,25 @@ class Finding:
     bad: bool
 
 
-def inspect(path: str, channels: int = 3) -> Finding | None:
-    """Decode one file to so many channels; return what is wrong with it, or None."""
+def inspect(source: FileSource | ShardSource, index: int) -> Finding | None:
+    """Decode one image file; return what is wrong with it, or None."""
     try:
-        data = read_image_file(path)
-        decode_image(data, as_array=True, channels=channels)
+        data = source.read(index)
+        decode_image(data, as_array=True, channels=source.channels)
     except ImageReadError as error:
-        return Finding(path, str(error), bad=True)
+        return Finding(source.name(index), str(error), bad=True)
     complaint = jpeg_complaint(data)
-    return Finding(path, complaint, bad=False) if complaint else None
+    return Finding(source.name(index), complaint, bad=False) if complaint else None
 
 
-def scan(paths: Sequence[str], *, workers: int, channels: int = 3) -> list[Finding]:
-    """Inspect files in ``workers`` processes; return the findings in the order of the paths."""
-    with ProcessPoolExecutor(workers, initializer=_ignore_interrupt) as pool:
-        chunk = max(1, min(_CHUNK, len(paths) // (4 * workers)))
-        results = pool.map(partial(inspect, channels=channels), paths, chunksize=chunk)
+def scan(source: FileSource | ShardSource, *, workers: int) -> list[Finding]:
+    """Inspect the images of a source in ``workers`` processes; return the findings in their order."""
+    count = len(source.targets)
+    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(source,)) as pool:
+        chunk = max(1, min(_CHUNK, count // (4 * workers)))
+        results = pool.map(_inspect, range(count), chunksize=chunk)
         findings = []
-        with tqdm(results, total=len(paths), desc="checking", unit="img", disable=None) as progress:
+        with tqdm(results, total=count, desc="checking", unit="img", disable=None) as progress:
             for finding in progress:
                 if finding is not None:
                     findings.append(finding)
@@ -65,24 +78,39 @@ def scan(paths: Sequence[str], *, workers: int, channels: int = 3) -> list[Findi
     return findings
 
 
+def open_sources(folder: str, channels: int) -> tuple[list[FileSource | ShardSource], list[Finding], list[str]]:
+    """Return the images below a folder or an address, what is not a readable file, and remarks.
+
+    Raises:
+        ValueError, OSError, RunError: there are no images, or no access to them.
+    """
+    options: dict[str, Any] = {"as_array": True, "channels": channels}
+    sets = [where for where in (folder, *(part_of(folder, part) for part in ("train", "val"))) if is_shard_set(where)]
+    if sets:
+        return [ShardSource(where, **options) for where in sets], [], []
+    if is_address(folder):
+        raise ValueError(f"{folder} has no set of shards: neither index.json nor train/index.json or val/index.json")
+    listing = list_images(folder)
+    unusable = [Finding(os.path.join(folder, path), why, bad=True) for path, why in listing.unusable.items()]
+    if not listing.images and not unusable:
+        raise ValueError(f"no image files below {folder}")
+    files = FileSource(folder, listing.images, [0] * len(listing.images), [""], **options)
+    return [files], unusable, listing.remarks()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        listing = list_images(args.folder)
-    except (OSError, ValueError) as error:
+        sources, findings, remarks = open_sources(args.folder, args.channels)
+        count = len(findings) + sum(len(source.targets) for source in sources)
+        for source in sources:
+            findings += scan(source, workers=args.workers or usable_cores())
+    except (OSError, ValueError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    unusable = [Finding(os.path.join(args.folder, path), why, bad=True) for path, why in listing.unusable.items()]
-    paths = [os.path.join(args.folder, path) for path in listing.images]
-    if not paths and not unusable:
-        print(f"error: no image files below {args.folder}", file=sys.stderr)
-        return 2
-    findings = sorted(
-        unusable + scan(paths, workers=args.workers or usable_cores(), channels=args.channels), key=lambda f: f.path
-    )
+    findings.sort(key=lambda finding: finding.path)
     bad = [finding for finding in findings if finding.bad]
-    suspicious = [finding for finding in findings if not finding.bad]
     lines = [f"{finding.path}\t{finding.reason}\n" for finding in bad]
     try:
         args.output.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
@@ -91,19 +119,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for finding in findings:
         print(f"{'bad' if finding.bad else 'suspicious'}: {finding.path}: {finding.reason}")
-    for remark in listing.remarks():
+    for remark in remarks:
         print(remark)
-    print(
-        f"{len(paths) + len(unusable)} images: {len(bad)} bad, {len(suspicious)} suspicious; "
-        f"list of bad files: {args.output}"
-    )
+    suspicious = len(findings) - len(bad)
+    print(f"{count} images: {len(bad)} bad, {suspicious} suspicious; list of bad files: {args.output}")
     return 1 if bad else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description="Decode every image of a folder and list the unreadable ones.")
-    parser.add_argument("folder", type=expanded_path, help="folder with images, at any depth, such as DATA.DATA_PATH")
+    parser.add_argument(
+        "folder", type=_place, help="folder with images, at any depth, or folder or address of shards: DATA.DATA_PATH"
+    )
     parser.add_argument(
         "--output", type=expanded_path, default=Path("bad_images.txt"), help="list (default: %(default)s)"
     )
@@ -112,8 +140,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the pool
+def _place(text: str) -> str:
+    return text if is_address(text) else str(expanded_path(text))
+
+
+def _begin(source: FileSource | ShardSource) -> None:
+    """Prepare a process of the pool: Ctrl-C ends its parent, which ends the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _opened.append(source)
+
+
+def _inspect(index: int) -> Finding | None:
+    return inspect(_opened[-1], index)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from tools.figures import grid, put_title
 from tools.receptive_field import as_map, stages_of
 from utils.config import input_shape
 from utils.errors import RunError
+from utils.training import shown_channels
 
 CAM_SIDE = 4  # rows and columns of a map that is worth looking at
 
@@ -49,7 +50,7 @@ def draw_cams(opened: Opened, batches: Iterable[Tensor], count: int) -> Figure:
             masks = cam(input_tensor=batch, targets=None)  # for the class with the largest score
             best = opened.model(batch).softmax(dim=1).max(dim=1)
             for image, mask, share, label in zip(batch.cpu(), masks, *(part.tolist() for part in best), strict=True):
-                pixels = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+                pixels = shown_channels((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
                 ax = next(places)
                 ax.imshow(show_cam_on_image(pixels, mask, use_rgb=True))
                 put_title(ax, f"{shortened(opened.names[label], 28)}: {100 * share:.1f} %")

@@ -32,7 +32,7 @@ from main import accumulate_gradients
 from models import accelerate, build_model, from_published
 from utils.checkpoint import load_teacher, read_training_state
 from utils.config import parse_config
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, RunError
 from utils.runtime import set_random_state, torch_random_state
 from utils.session import Objective
 from utils.training import Progress, build_criterion, build_precision, class_weights
@@ -145,7 +145,9 @@ class Replay:
         self.records = self.payload.get("update")
         if not self.records:
             raise CheckpointError(f"{path} is a checkpoint, not the dump of an update (nonfinite_step_N.pth)")
-        overrides = {"DATA.DATA_PATH": data_path} if data_path else None
+        overrides = {"MODEL.RESUME": str(path), "MODEL.PRETRAINED": ""}  # the list of held-out images lies beside it
+        if data_path:
+            overrides["DATA.DATA_PATH"] = data_path
         self.config = parse_config(self.payload["config"], str(path), overrides)
         if self.config.TRAIN.SYNC_BN and len(self.records) > 1:
             raise ValueError(
@@ -168,15 +170,17 @@ class Replay:
 
     def run(self) -> tuple[list[Share], float]:
         """Repeat the update; return each process's share and the gradient norm over all processes."""
-        total = [torch.zeros_like(p) for p in self.model.parameters()]
+        exchanged = {"none": None, "bf16": torch.bfloat16}[self.config.TRAIN.GRAD_COMPRESSION]
+        dtype = exchanged if len(self.records) > 1 else None
+        total = [torch.zeros_like(p, dtype=dtype) for p in self.model.parameters()]
         shares = []
         for rank in range(len(self.records)):
             shares.append(self._repeat(rank))
             for summed, parameter in zip(total, self.model.parameters(), strict=True):
                 if parameter.grad is not None:
-                    summed += parameter.grad / len(self.records)
+                    summed += parameter.grad.to(summed.dtype) / len(self.records)
         for summed, parameter in zip(total, self.model.parameters(), strict=True):
-            parameter.grad = summed
+            parameter.grad = summed.to(parameter.dtype)
         self.scaler.unscale_(torch.optim.SGD(self.model.parameters(), lr=0.0))
         return shares, float(clip_grad_norm_(self.model.parameters(), math.inf))
 
@@ -282,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         replay = Replay(args.dump, data_path=args.data_path, device=args.device)
         shares, norm = replay.run()
-    except (CheckpointError, ValueError, OSError) as error:
+    except (CheckpointError, RunError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if report(replay, shares, norm, shown=args.samples) else 1

@@ -17,6 +17,7 @@ from tools.figures import new_figure, png_bytes
 from tools.measures import BINS, Calibration
 from tools.predictions import Predictions
 from utils.runtime import printable
+from utils.training import shown_channels
 
 LABELLED = 30  # classes up to which the confusion matrix has names
 PAIRS = 24
@@ -111,7 +112,7 @@ def worst_mistakes(predictions: Predictions, dataset: ImageDataset) -> list[dict
 def picture_uri(dataset: ImageDataset, index: int) -> str:
     """Return an image of the data set as a small picture inside the page."""
     picture = dataset.source.load(index)
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(shown_channels(np.asarray(picture)))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = BytesIO()
     image.save(buffer, "PNG")

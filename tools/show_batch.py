@@ -20,9 +20,9 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from data import build_batch_transform, build_train_loader, check_transform
-from inference import checkpoint_config
 from tools.common import output_path, run_tool, write_bytes
-from utils.config import load_config
+from utils.checkpoint import stored_config
+from utils.config import load_config, load_stored_config, normalisation
 from utils.training import draw_batch
 
 
@@ -30,7 +30,8 @@ def first_batch(config: CfgNode, epoch: int) -> Image.Image:
     """Return the picture of the first training batch of ``epoch``, counted from 1."""
     check_transform(config)
     with closing(build_train_loader(config, device="cpu")) as loader:
-        classes, count = loader.dataset.classes, config.MODEL.NUM_CLASSES
+        classes = loader.dataset.classes
+        count = config.MODEL.NUM_CLASSES or len(classes)
         if len(classes) > count:
             raise ValueError(f"the data have {len(classes)} classes, MODEL.NUM_CLASSES is {count}")
         if loader.sampler.batches_per_epoch == 0:
@@ -40,10 +41,11 @@ def first_batch(config: CfgNode, epoch: int) -> Image.Image:
         updates = -(-loader.sampler.batches_per_epoch // accumulation)
         loader.sampler.set_progress(epoch - 1)
         images, targets, indices = next(iter(loader))
-        transform = build_batch_transform(config, is_train=True, device="cpu")
+        transform = build_batch_transform(config, is_train=True, device="cpu", num_classes=count)
         update = (epoch - 1) * updates * accumulation
         images, targets = transform(images, targets, indices, epoch=epoch - 1, update=update)
-        return draw_batch(images, targets, classes, smoothing=config.MODEL.LABEL_SMOOTHING)
+        mean, std = normalisation(config)
+        return draw_batch(images, targets, classes, smoothing=config.MODEL.LABEL_SMOOTHING, mean=mean, std=std)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,7 +71,8 @@ def command(argv: Sequence[str] | None = None) -> int:
     if args.source.endswith((".yaml", ".yml")):
         config = load_config(args.source, args.opts, overrides)
     else:
-        config = checkpoint_config(args.source, opts=args.opts, overrides=overrides)
+        overrides |= {"MODEL.RESUME": args.source, "TRAIN.DISTILL.KIND": "none"}  # the picture needs no teacher
+        config = load_stored_config(stored_config(args.source), args.source, args.opts, overrides)[0]
     picture = first_batch(config, args.epoch)
     buffer = BytesIO()
     picture.save(buffer, format="PNG")

@@ -21,18 +21,21 @@ from yacs.config import CfgNode
 from utils.checkpoint import (
     LAST,
     CheckpointStore,
+    Room,
     capture,
     check_continuation,
     read_training_state,
     restore,
     write_dump,
 )
+from utils.config import normalisation
 from utils.errors import NonFiniteError, RunError, one_line
-from utils.runtime import Run, StopRequest, free_bytes, gather_objects
+from utils.runtime import Run, StopRequest, gather_objects, load_on_main_process, phase
 from utils.training import (
     Precision,
     Progress,
     Teacher,
+    TimeBudget,
     TrainState,
     UpdateTimer,
     Watcher,
@@ -42,7 +45,6 @@ from utils.training import (
 
 logger = logging.getLogger(__name__)
 
-SLOW_SAVE_SECONDS = 20
 LOG_SECONDS = 30.0  # the longest time without a log line, if updates take less
 _WORKER_DEATH = re.compile("DataLoader worker.*(killed by signal|exited unexpectedly)")
 
@@ -98,16 +100,19 @@ class Session(Objective):
     stop: StopRequest
     metadata: dict[str, Any]
     watcher: Watcher
+    held_out: Any = None  # data.HeldOut, the images that DATA.HOLDOUT keeps from the training
     log_clock: LogClock = field(default_factory=LogClock)
+    budget: TimeBudget = field(default_factory=TimeBudget)
 
     def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Stop the data workers and close the logger."""
+        """Stop the data workers, close the logger, and let a checkpoint that is being written become complete."""
         self.watcher.close()
         self.loader.close()
         self.val_loader.close()
+        self.store.close()
 
     # the position in the run
 
@@ -116,26 +121,39 @@ class Session(Objective):
         """Optimizer updates per epoch; the last one may have fewer micro-batches."""
         return math.ceil(self.loader.sampler.batches_per_epoch / self.accumulation)
 
+    @property
+    def total_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.config.TRAIN.UPDATES or self.config.TRAIN.EPOCHS * self.updates_per_epoch
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run; ``TRAIN.UPDATES`` may cut the last one short."""
+        return math.ceil(self.total_updates / self.updates_per_epoch)
+
+    @property
+    def schedule_epoch(self) -> float:
+        """Updates of what counts as an epoch in the schedule, which ``TRAIN.UPDATES`` stretches."""
+        return self.total_updates / self.config.TRAIN.EPOCHS
+
     def updates_done(self, progress: Progress) -> int:
         """Return the position in the schedule: updates of completed epochs and of the one in progress.
 
         Counted from the samples seen, so that the schedule stays in place when a run is resumed with another batch.
         """
         in_epoch = math.ceil(progress.samples_seen / global_batch_size(self.config, self.run.world_size))
-        return progress.epoch * self.updates_per_epoch + min(in_epoch, self.updates_per_epoch)
+        done = progress.epoch * self.updates_per_epoch + min(in_epoch, self.updates_per_epoch)
+        return min(done, self.total_updates)
 
     def updates_left(self, progress: Progress) -> int:
         """Return the number of updates until the end of the run."""
-        return self.config.TRAIN.EPOCHS * self.updates_per_epoch - self.updates_done(progress)
+        return self.total_updates - self.updates_done(progress)
 
     def position_text(self, progress: Progress) -> str:
         """Return the position in the run, for messages: the last update that was done."""
         epoch = max(1, math.ceil(self.updates_done(progress) / self.updates_per_epoch))
         in_epoch = self.updates_done(progress) - (epoch - 1) * self.updates_per_epoch
-        return (
-            f"epoch {epoch}/{self.config.TRAIN.EPOCHS} update {in_epoch}/{self.updates_per_epoch} "
-            f"(step {progress.global_step})"
-        )
+        return f"epoch {epoch}/{self.epochs} update {in_epoch}/{self.updates_per_epoch} (step {progress.global_step})"
 
     def set_learning_rate(self, state: TrainState) -> None:
         """Set the learning rate of the next update, which is a function of the position alone."""
@@ -154,8 +172,9 @@ class Session(Objective):
             images, targets, indices = group[0]
             update = progress.global_step * self.accumulation
             images, targets = self.transform(images.clone(), targets, indices, epoch=progress.epoch, update=update)
-            smoothing, classes = self.config.MODEL.LABEL_SMOOTHING, self.loader.dataset.classes
-            self.watcher.batch(images, targets, classes, smoothing=smoothing, step=progress.global_step)
+            (mean, std), smoothing = normalisation(self.config), self.config.MODEL.LABEL_SMOOTHING
+            look = {"smoothing": smoothing, "mean": mean, "std": std}
+            self.watcher.batch(images, targets, self.loader.dataset.classes, step=progress.global_step, **look)
 
     def after_update(self, state: TrainState, timer: UpdateTimer, *, lr: float) -> bool:
         """Check, log and save where that is due. Collective.
@@ -169,6 +188,7 @@ class Session(Objective):
             Whether all processes agreed to stop before the next update; ``stop.agreed`` says why.
         """
         done = self.updates_done(state.progress)
+        self.budget.check(done, self.total_updates)
         if self.check_due(done):
             self.check_finite(state)
         if self.log_due(done):
@@ -182,12 +202,14 @@ class Session(Objective):
             )
             self.watcher.figures("train", figures, state.progress.global_step)
             self.log_clock.restart()
-        if self.stop.poll():
+        if self.stop.poll(failed=self.store.failed):
             return True
+        if self.stop.failed:
+            self.store.finish()
         save_steps = self.config.TRAIN.SAVE_STEPS
         due = self.stop.save_due or (save_steps and state.progress.global_step % save_steps == 0)
         if due and not state.guard.last_skipped():
-            self.save(state)
+            self.save(state, background=True)
         return False
 
     def check_due(self, done: int) -> bool:
@@ -204,6 +226,7 @@ class Session(Objective):
         try:
             state.guard.check(self.position_text(state.progress))
         except NonFiniteError as error:
+            self.store.finish()
             folder = self.run.output_dir
             path = write_dump(state, self.metadata, folder, self.loader.dataset.sample_name)
             last = folder / LAST
@@ -215,53 +238,53 @@ class Session(Objective):
     def log_due(self, done: int) -> bool:
         """Return whether to log: the first update, every ``PRINT_FREQ`` of an epoch, its last, and by time."""
         in_epoch = (done - 1) % self.updates_per_epoch + 1
-        return in_epoch % self.config.PRINT_FREQ == 0 or in_epoch == self.updates_per_epoch or self.log_clock.due
+        is_last = in_epoch == self.updates_per_epoch or done == self.total_updates
+        return is_last or in_epoch % self.config.PRINT_FREQ == 0 or self.log_clock.due
 
     # what survives
 
     def check_free_space(self, state: TrainState) -> None:
-        """Refuse to train where not even one checkpoint fits.
+        """Refuse to train where not even one checkpoint fits; warn where not all of those that are planned do.
+
+        Rank 0 alone looks, as it is the one that writes.
 
         Raises:
             RunError: names the folder, what a checkpoint takes and what is free.
         """
-        folder = self.run.output_dir
-        needed, free = state_bytes(state), free_bytes(folder)
-        if free is not None and free < needed:
-            raise RunError(
-                f"a checkpoint takes about {needed / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} MB free; make "
-                "room, or choose another place with --output"
-            )
+        if not self.run.is_main:
+            return
+        room = Room.of(self.config, self.run.output_dir, state_bytes(state))
+        if not room.fits_one:
+            raise RunError(room.problem)
+        if room.problem:
+            logger.warning("%s", room.problem)
 
-    def save(self, state: TrainState, names: tuple[str, ...] = ()) -> Path:
-        """Write the state as the newest checkpoint and under ``names``; return its path. Collective."""
-        started = time.monotonic()
-        path = self.store.save(capture(state, self.metadata), names)
+    @phase("saving")
+    def save(self, state: TrainState, names: tuple[str, ...] = (), *, background: bool = False) -> Path:
+        """Write the state as the newest checkpoint and under ``names``; return its path. Collective.
+
+        ``background``: only copy it; it is written while training goes on. See ``CheckpointStore.save``.
+        """
+        used = {"seconds_used": self.budget.used} if self.budget.seconds else {}
+        path = self.store.save(capture(state, {**self.metadata, **used}), names, background=background)
         self.stop.saved()
-        seconds = time.monotonic() - started
-        logger.info("saved %s (%.1f s)", ", ".join((path.name, *names)), seconds)
-        if seconds > SLOW_SAVE_SECONDS:
-            logger.warning(
-                "saving took %.0f s; torchrun kills a stopping run after 30 s unless told otherwise "
-                "(--shutdown-timeout), so write to a faster disk or ask for the stop earlier",
-                seconds,
-            )
         return path
 
     def resume(self, state: TrainState, path: Path, allowed: Collection[str]) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint. Collective.
 
         Args:
             state: what to fill.
-            path: the checkpoint.
+            path: the checkpoint; only rank 0 reads it, the others need not see it.
             allowed: keys of the recipe that may differ (``--allow-change KEY``).
 
         Raises:
             CheckpointError: the file is damaged, or belongs to another recipe, data set, model or optimizer.
         """
-        payload = read_training_state(path)
+        payload = load_on_main_process(lambda: read_training_state(path))
         check_continuation(self.config, self.metadata, payload, path, allowed)
         restore(state, payload, path)
+        self.budget.continue_from(payload.get("seconds_used", 0.0))
         self.set_learning_rate(state)
         progress = state.progress
         logger.info(
@@ -288,10 +311,11 @@ def located_errors(session: Session, state: TrainState) -> Iterator[None]:
     except Exception as error:
         position = session.position_text(state.progress)
         if _WORKER_DEATH.search(str(error)) and not isinstance(error, RunError):
-            raise RunError(
-                f"{one_line(error)} A data worker that is killed was most likely out of memory (RAM, or /dev/shm in a "
-                f"container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; at {position}"
-            ) from error
+            with phase(getattr(error, "phase", "training")):
+                raise RunError(
+                    f"{one_line(error)} A data worker that is killed was most likely out of memory (RAM, or /dev/shm "
+                    f"in a container): lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; at {position}"
+                ) from error
         if position not in str(error):
             error.add_note(f"at {position}")
         raise
@@ -313,6 +337,8 @@ def update_groups(session: Session, state: TrainState) -> Iterator[list[Batch]]:
     """Yield the epoch's remaining updates as lists of micro-batches, with a progress bar on a terminal."""
     batches = iter(session.loader)
     groups = iter(lambda: list(islice(batches, session.accumulation)), [])
+    if session.config.TRAIN.UPDATES:
+        groups = islice(groups, session.updates_left(state.progress))
     watched = session.run.is_main and sys.stderr.isatty()
     epoch = state.progress.epoch
     done = session.updates_done(state.progress) - epoch * session.updates_per_epoch

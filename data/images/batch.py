@@ -82,11 +82,18 @@ class BatchTransform:
 
 
 def build_batch_transform(
-    config: CfgNode, *, is_train: bool, device: torch.device | str, rank: int = 0, num_classes: int = 0
+    config: CfgNode,
+    *,
+    is_train: bool,
+    device: torch.device | str,
+    rank: int = 0,
+    num_classes: int = 0,
+    epochs: float = 0,
 ) -> BatchTransform:
     """Return the batch transform of the configuration; in evaluation it only moves and normalises.
 
-    ``num_classes``: length of mixed targets; 0 takes MODEL.NUM_CLASSES.
+    ``num_classes``: length of mixed targets; 0 takes MODEL.NUM_CLASSES. ``epochs``: length of the run, to which
+    AUG.MIXUP_OFF_EPOCHS is scaled; 0 takes TRAIN.EPOCHS.
     """
     aug = config.AUG
     erasing = mixup = None
@@ -104,6 +111,7 @@ def build_batch_transform(
             num_classes=num_classes or config.MODEL.NUM_CLASSES,
         )
     mean, std = normalisation(config)
+    epochs = epochs or config.TRAIN.EPOCHS
     return BatchTransform(
         torch.device(device),
         mean=mean,
@@ -112,5 +120,5 @@ def build_batch_transform(
         mixup=mixup,
         seed=config.SEED,
         rank=rank,
-        mixed_epochs=config.TRAIN.EPOCHS - aug.MIXUP_OFF_EPOCHS,
+        mixed_epochs=epochs - epochs * aug.MIXUP_OFF_EPOCHS / config.TRAIN.EPOCHS,
     )

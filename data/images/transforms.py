@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from data.images.decode import Picture
 from data.images.posterize import allow_zero_bits
 from data.images.resize import EvalResize, Resize, ResizedCrop, as_image, as_pixels, pil_resize, torch_resize
-from utils.config import SMALL, as_pair, normalisation, short_side
+from utils.config import SMALL, as_pair, normalisation, short_side, trains
 from utils.runtime import seeded_streams
 
 Transform = Callable[[Picture], np.ndarray | Tensor]
@@ -44,6 +44,8 @@ def build_transform(config: CfgNode, *, is_train: bool) -> Transform:
 def check_transform(config: CfgNode) -> None:
     """Build the transforms once and run each on one small image; the random streams stay as they are.
 
+    For evaluation, only its own is built.
+
     Raises:
         ValueError: a transform cannot be built or run.
     """
@@ -51,7 +53,7 @@ def check_transform(config: CfgNode) -> None:
     picture = np.zeros((40, 48, channels), np.uint8)
     picture = as_image(picture) if channels in (1, 3) else picture
     with seeded_streams(0):
-        for is_train in (True, False):
+        for is_train in (True, False) if trains(config) else (False,):
             try:
                 build_transform(config, is_train=is_train)(picture)
             except Exception as error:  # whatever the libraries raise

@@ -77,6 +77,9 @@ def read_rows(file: Path) -> list[Row]:
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}: {error}; is a quote left open above?") from error
     columns = [name.strip().lower() for name in header[0]]
+    twice = [name for name in COLUMNS if columns.count(name) > 1]
+    if twice:
+        raise ValueError(f"{file}: the header {lines[0]!r} names the column {twice[0]!r} twice")
     if not set(COLUMNS) <= set(columns):
         raise ValueError(f"{file}: the first line is {lines[0]!r}, not the header {','.join(COLUMNS)}")
     places = [columns.index(name) for name in COLUMNS]
@@ -87,11 +90,16 @@ def read_rows(file: Path) -> list[Row]:
             if not path or not label:
                 what = "label" if path else "path"
                 raise ValueError(f"{file}, line {line}: no {what} in {separator.join(cells)!r}")
-            rows.append(Row(os.path.normpath(path.replace("\\", "/")), label, line))
+            rows.append(Row(_relative(path.replace("\\", "/"), file.parent), label, line))
     if not rows:
         raise ValueError(f"{file} lists no images: there is no line after the header")
     _refuse_repeated(file, rows)
     return rows
+
+
+def _relative(path: str, folder: Path) -> str:
+    """Return a path relative to the folder if it lies below it, so that each image has one name wherever it is."""
+    return os.path.normpath(path).removeprefix(os.path.join(os.path.abspath(folder), ""))
 
 
 def csv_classes(file: Path) -> list[str]:

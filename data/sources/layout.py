@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from data.sources.listing import class_folders
+from data.sources.ranges import is_address
+from data.sources.shards import INDEX, SAMPLES
 from utils.config import CIFAR_DATASETS, FOLDER_DATASETS
 
 CIFAR_FOLDERS = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}  # torchvision's
@@ -21,11 +23,16 @@ def check_layout(folder: str | Path, dataset: str, *, zip_mode: bool, part: str)
     Raises:
         FileNotFoundError: the data are not where ``dataset`` has them; says what is there and what reads it.
     """
+    if is_address(str(folder)):
+        return
     folder = Path(folder)
+    if dataset != "shards" and all((folder / part / name).is_file() for name in (INDEX, SAMPLES)):
+        raise FileNotFoundError(f"DATA.DATASET is {dataset}, but {folder / part} holds shards: use --dataset shards")
     if dataset in CIFAR_DATASETS:
         wanted = folder / CIFAR_FOLDERS[dataset]
     else:
-        wanted = folder / (f"{part}.zip" if zip_mode else f"{part}.csv" if dataset == "csv" else part)
+        names = {"csv": f"{part}.csv", "shards": f"{part}/{INDEX}"}
+        wanted = folder / (f"{part}.zip" if zip_mode else names.get(dataset, part))
     if wanted.exists() or not folder.is_dir():
         return
     hint = _hint(folder, part, is_folder_set=dataset in FOLDER_DATASETS and not zip_mode)

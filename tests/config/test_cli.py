@@ -43,6 +43,8 @@ CASES = [
     ("--strip-prefix", "MODEL.STRIP_PREFIX", "model.", "model."),
     ("--epochs", "TRAIN.EPOCHS", "50", 50),
     ("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", "4", 4),
+    ("--global-batch", "TRAIN.GLOBAL_BATCH", "1024", 1024),
+    ("--time-budget", "TRAIN.TIME_BUDGET", "1h30m", "1h30m"),
     ("--use-checkpoint", "TRAIN.USE_CHECKPOINT", None, True),
     ("--amp", "TRAIN.AMP", "bf16", "bf16"),
     ("--compile", "TRAIN.COMPILE", None, True),

@@ -111,6 +111,8 @@ IDLE = [
     ({"TRAIN.OPTIMIZER.NAME": "sgd"}, "TRAIN.OPTIMIZER.EPS TRAIN.OPTIMIZER.BETAS TRAIN.OPTIMIZER.OPTIONS"),
     ({"TRAIN.OPTIMIZER.NAME": "lamb"}, "TRAIN.OPTIMIZER.EPS TRAIN.OPTIMIZER.BETAS TRAIN.OPTIMIZER.MOMENTUM"),
     ({"TRAIN.DISTILL.KIND": "hard", "TRAIN.DISTILL.TIMM_NAME": "x"}, "TRAIN.DISTILL.TEMPERATURE"),
+    ({"TRAIN.GLOBAL_BATCH": 512}, "DATA.BATCH_SIZE TRAIN.ACCUMULATION_STEPS"),
+    ({"TRAIN.TIME_BUDGET": "1h"}, "TRAIN.UPDATES"),
 ]
 # (settings, keys with an effect under them that they do not have, or might seem not to have, under others)
 ACTIVE = [
@@ -128,6 +130,7 @@ ACTIVE = [
         {"TRAIN.DISTILL.KIND": "soft", "TRAIN.DISTILL.TIMM_NAME": "x"},
         "TRAIN.DISTILL.TIMM_NAME TRAIN.DISTILL.WEIGHT TRAIN.DISTILL.TEMPERATURE",
     ),
+    ({"TRAIN.GLOBAL_BATCH": 512, "THROUGHPUT_MODE": True}, "DATA.BATCH_SIZE"),
     ({"TRAIN.EMA_DECAY": 0.9}, "TRAIN.EMA_WARMUP"),
     ({"TRAIN.COMPILE": True}, "TRAIN.COMPILE_MODE TRAIN.MEMORY_BUDGET"),
     ({"AUG.MIXUP": 0, "AUG.CUTMIX": 0, "AUG.CUTMIX_MINMAX": (0.1, 0.3)}, "AUG.MIXUP_PROB AUG.MIXUP_MODE"),
@@ -157,7 +160,8 @@ def another(key: Key) -> Any:
     if key.choices:
         return next(choice for choice in reversed(key.choices) if choice != key.default)
     if isinstance(key.default, str):
-        return {"AUG.AUTO_AUGMENT": "augmix", "TRAIN.OPTIMIZER.OPTIONS": "eps=1e-3"}.get(key.name, "other")
+        known = {"AUG.AUTO_AUGMENT": "augmix", "TRAIN.OPTIMIZER.OPTIONS": "eps=1e-3", "TRAIN.TIME_BUDGET": "90m"}
+        return known.get(key.name, "other")
     if key.default is None:
         return (0.2, 0.4)
     if isinstance(key.default, bool):

@@ -81,6 +81,7 @@ def test_decoded_images_are_the_same(images: Path) -> None:
         ("cat/0.jpg,cat\n", "the first line is 'cat/0.jpg,cat', not the header path,label"),
         ("path,label\ncat/0.jpg,cat\ncat/1.jpg\n", "line 3: no label in 'cat/1.jpg'"),
         ("path,label\n,cat\n", "line 2: no path in ',cat'"),
+        ("path,label,path\ncat/0.jpg,cat,cat/1.jpg\n", "header 'path,label,path' names the column 'path' twice"),
         ("path,label\ncat/0.jpg,cat\n./cat/0.jpg,dog\n", "line 2 gives 'cat/0.jpg' the label 'cat', line 3 .*'dog'"),
         (
             "path,label\ncat/0.jpg,cat\ncat/9.jpg,cat\n",
@@ -93,6 +94,19 @@ def test_decoded_images_are_the_same(images: Path) -> None:
 def test_what_is_wrong_is_named(images: Path, text: str | bytes, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         listed(images, text)
+
+
+def test_an_image_has_one_name_whether_its_path_is_absolute_or_not(images: Path) -> None:
+    assert listed(images, f'path,label\n{images / "dog/0.jpg"},a dog\ncat/1.jpg,"a, cat"\n') == TWO
+    with pytest.raises(ValueError, match="line 2 gives 'cat/0.jpg' the label 'cat', line 3 the label 'dog'"):
+        listed(images, f"path,label\ncat/0.jpg,cat\n{images / 'cat/0.jpg'},dog\n")
+
+
+@pytest.mark.parametrize("share", (0.0, 0.2))
+def test_a_csv_file_without_its_data_set_says_so(images: Path, share: float) -> None:
+    (images / "list.csv").write_text("path,label\ncat/0.jpg,cat\n")
+    with pytest.raises(FileNotFoundError, match=r"list\.csv is a file, not a folder; .*--dataset csv"):
+        build_dataset(data_config(DATA__DATA_PATH=images / "list.csv", DATA__HOLDOUT=share), is_train=True)
 
 
 def test_a_missing_file_says_what_is_needed(tmp_path: Path) -> None:

@@ -208,8 +208,16 @@ class Starter:
         """Start a run and wait for its end."""
         return self.start(*opts, out=out, world=world, **request).wait(seconds)
 
-    def launch(self, *opts: str, out: Path, torchrun: Sequence[str] = (), **request: Any) -> Job:
-        """Start a run as real processes: under torchrun with these arguments, or without a launcher."""
+    def launch(
+        self, *opts: str, out: Path, torchrun: Sequence[str] = (), host: Sequence[str] = (), **request: Any
+    ) -> Job:
+        """Start a run as real processes.
+
+        Args:
+            opts, out, request: as in ``start``.
+            torchrun: its arguments; without any, no launcher is used.
+            host: command in front of the program, which runs it elsewhere.
+        """
         full = self._request(opts, out, **request)
         words = [str(DRIVER), json.dumps(full)]
         if torchrun:
@@ -219,7 +227,7 @@ class Starter:
         environment = {**self._environment, **full["env"], "FAULTS_RUN": marker}
         with open(log, "ab") as file:
             process = subprocess.Popen(
-                [sys.executable, *words],
+                [*host, sys.executable, *words],
                 cwd=ROOT,
                 stdout=file,
                 stderr=file,
@@ -310,6 +318,13 @@ def assert_same_state(path: Path, reference: Path, ignore: Sequence[str] = ()) -
     """Assert that two checkpoints hold the same training state to the last bit."""
     same = state_hash(path, ignore) == state_hash(reference, ignore)
     assert same, f"{path} differs in {differences(path, reference)}"
+
+
+def figures(folder: Path) -> list[dict]:
+    """What metrics.jsonl says about the training, without times."""
+    timed = {"images_per_second", "data_wait", "memory_mib", "seconds"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -13,6 +13,8 @@ import json
 import os
 import resource
 import signal
+import sys
+import threading
 import time
 from io import BytesIO
 from pathlib import Path
@@ -154,6 +156,41 @@ def _replace_save(step: int, write) -> None:
     torch.save = save
 
 
+def saves_complete() -> None:
+    """Let training wait for every save, so that what a kill finds does not depend on speed."""
+    original = CheckpointStore.save
+
+    def save(store, *args, **options) -> Path:
+        path = original(store, *args, **options)
+        store.finish()
+        return path
+
+    CheckpointStore.save = save
+
+
+def kill_in_write(step: int, number: int) -> None:
+    """SIGKILL before file operation ``number`` (open, rename, link, remove) of the saves in the background.
+
+    Those up to ``step`` do not count.
+    """
+    count, saving = 0, -1
+
+    def note(_store, payload, _names=(), **_options) -> None:
+        nonlocal saving
+        saving = payload["progress"]["global_step"]
+
+    def strike(event: str, _arguments: tuple) -> None:
+        nonlocal count
+        operation = event in ("open", "os.rename", "os.link", "os.remove")
+        if operation and saving > step and "checkpoint" in threading.current_thread().name:
+            count += 1
+            if count > number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    _before(CheckpointStore, "save", note)
+    sys.addaudithook(strike)
+
+
 def slow_save(seconds: float, signals: tuple[int, ...] = (), step: int = 0) -> None:
     """Write checkpoints in twenty pieces that take ``seconds`` together, from a step on.
 
@@ -195,7 +232,7 @@ class Unpicklable:
 def unpicklable_entry(step: int) -> None:
     """Put an object that cannot be pickled into the checkpoints from a step on."""
 
-    def spoil(_store, payload, _names=()) -> None:
+    def spoil(_store, payload, _names=(), **_options) -> None:
         if payload["progress"]["global_step"] >= step:
             payload["extra"] = Unpicklable()
 
@@ -211,7 +248,7 @@ def full_disk(step: int, limit: int, *, entirely: bool = False) -> None:
     def refuse(run, *_, **__) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.output_dir / "status.json"))
 
-    def fill(_store, payload, _names=()) -> None:
+    def fill(_store, payload, _names=(), **_options) -> None:
         if payload["progress"]["global_step"] >= step and _rank() == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             if entirely:
@@ -286,7 +323,7 @@ def report_memory(path: str) -> None:
 def kill_after_report(epoch: int) -> None:
     """SIGKILL when an epoch (from 1) has been reported and is about to be saved."""
 
-    def strike(_session, state, _names=()) -> None:
+    def strike(_session, state, _names=(), **_options) -> None:
         if (state.progress.epoch, state.progress.samples_seen) == (epoch, 0):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -305,3 +342,15 @@ def dump_update(step: int) -> None:
             write_dump(kept["state"], session.metadata, session.run.output_dir, session.loader.dataset.sample_name)
 
     _before(Session, "after_update", act)
+
+
+def room_for(images: int, rank: int) -> None:
+    """Let trial updates of more than ``images`` images run out of memory on one rank."""
+    original = main.try_updates
+
+    def try_updates(config, **options) -> None:
+        original(config, **options)
+        if config.DATA.BATCH_SIZE > images and rank == _rank():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    main.try_updates = try_updates

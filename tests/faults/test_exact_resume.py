@@ -3,14 +3,15 @@
 import json
 import signal
 from collections import Counter
-from pathlib import Path
 
 import pytest
+import torch
 
 from tests.faults.harness import (
     LAST,
     TRAIN_IMAGES,
     assert_same_state,
+    figures,
     run_folder,
     step_file,
     steps,
@@ -35,13 +36,6 @@ def stop_at(step: int, rank: int = 0) -> list:
     return [("send", {"number": signal.SIGTERM, "step": step, "rank": rank})]
 
 
-def figures(folder: Path) -> list[dict]:
-    """What metrics.jsonl says about the training, without times."""
-    timed = {"images_per_second", "data_wait", "memory_mib", "seconds"}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
-
-
 @pytest.mark.parametrize(
     ("world", "workers", "opts"),
     (
@@ -54,6 +48,7 @@ def figures(folder: Path) -> list[dict]:
         pytest.param(2, 0, (*TUNING, "TRAIN.ACCUMULATION_STEPS=2"), id="2 processes, fine-tuning", marks=SLOW),
         pytest.param(2, 0, (*TUNING, "TRAIN.AMP=fp16"), id="2 processes, fine-tuning in fp16", marks=SLOW),
         pytest.param(2, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="2 processes, 2 workers, accumulation", marks=SLOW),
+        pytest.param(2, 0, ("TRAIN.GRAD_COMPRESSION=bf16",), id="2 processes, gradients in bf16", marks=SLOW),
         pytest.param(3, 2, ("TRAIN.ACCUMULATION_STEPS=2",), id="3 processes, 2 workers, accumulation", marks=SLOW),
     ),
 )
@@ -74,6 +69,26 @@ def test_interrupted_run_ends_in_the_same_bits(starter, reference, tmp_path, wor
 
 
 @SLOW
+def test_gradients_in_bf16_are_rounded_alike_on_all_processes(starter, tmp_path):
+    """TRAIN.GRAD_COMPRESSION bf16: other bits than float32, by rounding alone."""
+    opts = (
+        "TRAIN.GRAD_COMPRESSION=bf16",
+        "TRAIN.EPOCHS=1",
+        "TRAIN.WARMUP_EPOCHS=0",
+        "TRAIN.BASE_LR=1e-9",
+        "TRAIN.WARMUP_LR=0",
+        "TRAIN.MIN_LR=0",
+    )
+    job = starter.run(*opts, out=tmp_path, world=2).assert_ok()
+    plain = starter.run("TRAIN.GRAD_COMPRESSION=none", *opts[1:], out=tmp_path / "plain", world=2).assert_ok()
+    weights, expected = (load_checkpoint(folder / LAST)["model"] for folder in (job.folder, plain.folder))
+    assert any(not torch.equal(weights[name], expected[name]) for name in weights)
+    norms = [figures(folder)[0]["grad_norm"] for folder in (job.folder, plain.folder)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert norms[0] != norms[1]
+
+
+@SLOW
 def test_interrupted_distillation_ends_in_the_same_bits(starter, reference, tmp_path):
     """SIGTERM mid-epoch to one of two processes that learn from a teacher, continued: same state as uninterrupted."""
     opts = ("TRAIN.DISTILL.KIND=soft", f"TRAIN.DISTILL.TEACHER={reference()}")
@@ -88,7 +103,7 @@ def test_interrupted_distillation_ends_in_the_same_bits(starter, reference, tmp_
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_killed_run_ends_in_the_same_bits(starter, reference, tmp_path, world):
     """SIGKILL mid-epoch with SAVE_STEPS, relaunched: same state as uninterrupted, survivors ended."""
-    kill = [("send", {"number": signal.SIGKILL, "step": 3, "rank": world - 1})]
+    kill = [("saves_complete", {}), ("send", {"number": signal.SIGKILL, "step": 3, "rank": world - 1})]
     job = starter.run("TRAIN.SAVE_STEPS=2", out=tmp_path, world=world, faults=kill)
     assert job.codes[-1] == -signal.SIGKILL
     assert 0 not in job.codes

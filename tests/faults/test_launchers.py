@@ -37,14 +37,14 @@ def test_signal_to_the_launcher(starter, reference, tmp_path, number):
 @pytest.mark.parametrize("attempt", range(5))
 def test_restart_by_the_launcher(starter, reference, tmp_path, attempt):
     """torchrun --max-restarts 1 after SIGKILL of a process: it recovers, same state as uninterrupted."""
-    once = [("send", {"number": signal.SIGKILL, "step": 3, "rank": attempt % 2, "once": str(tmp_path / "struck")})]
+    once = {"number": signal.SIGKILL, "step": 3, "rank": attempt % 2, "once": str(tmp_path / "struck")}
     words = ("--standalone", "--nproc_per_node", "2") if attempt % 2 else torchrun()
     job = starter.launch(
         "TRAIN.SAVE_STEPS=2",
         "DATA.NUM_WORKERS=1",
         out=tmp_path / "out",
         torchrun=(*words, "--max-restarts", "1"),
-        faults=once,
+        faults=[("saves_complete", {}), ("send", once)],
     )
     job.wait().assert_ok()
     assert (tmp_path / "struck").exists()
@@ -65,14 +65,14 @@ def test_a_stop_is_no_reason_to_restart(starter, tmp_path):
 def test_restart_of_an_explicit_resume(starter, reference, tmp_path):
     """torchrun --max-restarts 1 with --resume: the restart goes on from the newest file, not from the old one again."""
     first = starter.run(out=tmp_path / "a", world=2, faults=[("send", {"number": signal.SIGTERM, "step": 1})])
-    once = [("send", {"number": signal.SIGKILL, "step": 5, "once": str(tmp_path / "struck")})]
+    once = {"number": signal.SIGKILL, "step": 5, "once": str(tmp_path / "struck")}
     job = starter.launch(
         "TRAIN.SAVE_STEPS=1",
         "--resume",
         str(first.folder / LAST),
         out=tmp_path / "b",
         torchrun=torchrun("--max-restarts", "1"),
-        faults=once,
+        faults=[("saves_complete", {}), ("send", once)],
     )
     job.wait().assert_ok()
     assert job.text().count(f"resumed from {first.folder / LAST}") == 1

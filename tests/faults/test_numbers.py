@@ -107,6 +107,7 @@ def test_diverged_for_good(starter, tmp_path, world):
         (1, ("TRAIN.AMP=fp16", "TRAIN.ACCUMULATION_STEPS=2", "AUG.MIXUP=0", "AUG.CUTMIX=0")),
         (2, ("TRAIN.ACCUMULATION_STEPS=2", "DATA.NUM_WORKERS=1")),
         (3, ("TRAIN.AMP=off", "MODEL.DROP=True")),
+        (2, ("TRAIN.GRAD_COMPRESSION=bf16",)),
         (2, ("TRAIN.FREEZE=stages2", "AUG.REPEATS=3", "TRAIN.LOSS.NAME=bce", "MODEL.HEAD_INIT_SCALE=0.1")),
     ),
     ids=(
@@ -114,6 +115,7 @@ def test_diverged_for_good(starter, tmp_path, world):
         "fp16, accumulation, no mixup",
         "2 processes, accumulation",
         "3 processes, float32, dropout",
+        "2 processes, gradients in bf16",
         "2 processes, frozen parts, repeated augmentation",
     ),
 )

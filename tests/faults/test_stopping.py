@@ -1,6 +1,7 @@
 """Stops by signal and by the clock: all processes stop at the same update, save and say so; none is left behind."""
 
 import signal
+import socket
 import time
 
 import pytest
@@ -125,7 +126,7 @@ def test_hanging_process_ends_the_others(starter, tmp_path, rank):
     job.wait_for(lambda: job.poll()[1 - rank] is not None, "the other's end", seconds=120)
     job.kill()
     log = job.logs[1 - rank].read_text()
-    assert f"rank {1 - rank} stops: " in log
+    assert f"rank {1 - rank} on {socket.gethostname()} stops while training: " in log
     assert "Timed out" in log
     assert "at epoch 1/2 update 3/6 (step 3)" in log
     job.wait()
@@ -138,7 +139,7 @@ def test_failure_while_building(starter, tmp_path, rank, world):
     """One process cannot build its model: all end, the reason is on the console."""
     fault = [("failing_start", {"rank": rank, "message": "no such model"})]
     job = starter.run("TRAIN.DIST_TIMEOUT=1800", out=tmp_path, world=world, faults=fault, seconds=120)
-    job.assert_failed(f"rank {rank} stops: no such model")
+    job.assert_failed(f"rank {rank} on {socket.gethostname()} stops: no such model")
     job.assert_no_orphans()
 
 

@@ -1,12 +1,13 @@
 """Faults while a checkpoint is written: nothing half-written is visible, and all processes learn the reason."""
 
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import LAST, assert_same_state, leftovers, run_folder, step_file, steps
+from tests.faults.harness import LAST, assert_same_state, figures, leftovers, run_folder, step_file, steps
 from utils.checkpoint.files import load_checkpoint, verify_checkpoint
 
 SLOW = pytest.mark.faults
@@ -41,8 +42,8 @@ def test_failing_write_ends_all_processes(starter, reference, tmp_path, name, wo
     job = starter.run(*opts, out=tmp_path, world=world, faults=[(fault, {"step": 4, **arguments})])
     target = step_file(job.folder, 4)
     job.assert_failed(f"cannot write checkpoint {target}", *words)
-    assert job.text().count(f"stops: cannot write checkpoint {target}") == 1
-    assert job.text().count("stops because rank 0 failed") == world - 1
+    assert job.text().count(f"stops while saving: cannot write checkpoint {target}") == 1
+    assert job.text().count(f"because rank 0 on {socket.gethostname()} failed: cannot write") == world - 1
     assert "Traceback" not in job.text()
     assert steps(job.folder) == [2]
     verify_checkpoint(step_file(job.folder, 2))
@@ -85,6 +86,49 @@ def test_kill_while_saving(starter, reference, tmp_path, delay):
     job = starter.run("TRAIN.SAVE_STEPS=3", out=tmp_path).assert_ok()
     assert not set(left) & set(leftovers(job.folder))
     assert_same_state(job.folder / LAST, reference())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(starter, reference, tmp_path):
+    """A save that takes a second: updates are done in that time, the end waits for the last file, same state."""
+    slow = [("slow_save", {"seconds": 1.0})]
+    job = starter.run("TRAIN.SAVE_STEPS=9", "PRINT_FREQ=1", out=tmp_path, faults=slow).assert_ok()
+    places = [job.text().index(f"epoch 1/2 update {update}/") for update in (9, 10, 11, 12)]
+    assert places[-1] < job.text().index(f"saved {step_file(job.folder, 9).name}")
+    assert job.text().index(f"saved {step_file(job.folder, 24).name}") < job.text().index("done: best")
+    assert (job.folder / "status.json").stat().st_mtime_ns > step_file(job.folder, 24).stat().st_mtime_ns
+    assert_same_state(job.folder / LAST, reference())
+
+
+@SLOW
+def test_kill_of_the_training_while_a_checkpoint_is_written(starter, reference, tmp_path):
+    """SIGKILL in a later update than the one that is being written: the file before it is there, same state."""
+    faults = [("slow_save", {"seconds": 30.0, "step": 6}), ("send", {"number": signal.SIGKILL, "step": 8})]
+    job = starter.run("TRAIN.SAVE_STEPS=3", out=tmp_path, faults=faults)
+    assert job.codes == [-signal.SIGKILL]
+    assert steps(job.folder) == [3]
+    assert leftovers(job.folder) != []
+    job = starter.run("TRAIN.SAVE_STEPS=3", out=tmp_path).assert_ok()
+    assert f"resumed from {step_file(job.folder, 3)}" in job.text()
+    assert_same_state(job.folder / LAST, reference())
+
+
+@SLOW
+@pytest.mark.parametrize("world", (1, 2))
+@pytest.mark.parametrize("number", (1, 5, 6, 9, 10, 12, 17, 20, 25, 28, 29))
+def test_kill_before_a_file_operation_of_a_save(starter, reference, tmp_path, number, world):
+    """SIGKILL before an operation of the write in the background, which names the best and a milestone: same state."""
+    words = ("TRAIN.SAVE_STEPS=5", "SAVE_FREQ=1")
+    kill = [("kill_in_write", {"step": 10 // world, "number": number})]
+    job = starter.run(*words, out=tmp_path, world=world, faults=kill)
+    assert job.codes[0] == -signal.SIGKILL
+    for path in job.folder.glob("*.pth"):
+        verify_checkpoint(path)
+    before = max(steps(job.folder))
+    job = starter.run(*words, out=tmp_path, world=world).assert_ok()
+    assert f"resumed from {step_file(job.folder, before)}" in job.text()
+    assert_same_state(job.folder / LAST, reference(world=world))
+    assert figures(job.folder) == figures(reference(world=world).parent)
+    assert (job.folder / "ckpt_epoch_1.pth").exists()
 
 
 @SLOW

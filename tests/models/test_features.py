@@ -73,6 +73,13 @@ def test_a_network_for_rectangles() -> None:
     assert [tuple(m.shape) for m in maps.values()] == [(1, 16, 13, 12), (1, 32, 7, 6)]
 
 
+def test_the_size_of_feature_maps_can_be_set() -> None:
+    network = body()
+    network.model.set_input_size((64, 96))
+    assert [tuple(m.shape[2:]) for m in network(torch.randn(1, 3, 64, 96))] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert DenseBackbone(network).input_size == (64, 96)
+
+
 @pytest.mark.parametrize(("side", "overlap"), ((64, 0.25), (96, 0.0), (448, 0.25), (800, 0.5), (1024, 0.9)))
 def test_windows_cover_the_image(side: int, overlap: float) -> None:
     starts = window_starts(side, 64, 16, overlap)

@@ -92,3 +92,15 @@ def test_the_inference_form_prepares_its_weights_once(monkeypatch: pytest.Monkey
         changed = folded(x)
     assert later - first < 2 * first
     assert not torch.equal(changed, half[0])
+
+
+@pytest.mark.parametrize(("mode", "marks"), (("default", 0), ("reduce-overhead", 2)))
+def test_cuda_graphs_begin_with_each_forward_pass(mode: str, marks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, made = tiny_network(), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **options: None)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: made.append(None))
+    network.compile_blocks(mode=mode)
+    network = copy.deepcopy(network)  # as an average of the weights is
+    for _ in range(2):
+        network(torch.randn(2, 3, 32, 32))
+    assert len(made) == marks

@@ -37,7 +37,7 @@ def test_a_failing_lock_is_an_error(tmp_path, monkeypatch, capsys):
 
 
 def test_a_disk_too_small_for_one_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("utils.session.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("utils.checkpoint.room.free_bytes", lambda _: 1000)
     tiny = TinyRun(tmp_path)
     with pytest.raises(SystemExit):
         tiny.train()

@@ -1,27 +1,15 @@
 """k-NN and logistic regression on frozen features."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import timm
 import torch
 
 from models import build_model
-from tests.tiny_run import TinyRun
 from tools import probe
+from tools.classifiers import draw, knn, logistic
 from tools.common import run_tool
 from utils.checkpoint.files import load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("probe"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny: TinyRun) -> Path:
-    return tiny.train("--epochs", 1) / "checkpoint_last.pth"
 
 
 def run(*words: object) -> int:
@@ -81,12 +69,19 @@ def test_more_shots_than_images(tiny, checkpoint, tmp_path, capsys):
     assert "error: --shots 9: the smallest class has 8 training images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flag", "value"), (("--shots", 0), ("--shots", -1), ("--seeds", 0)))
+def test_numbers_that_make_no_draw(tiny, checkpoint, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        run(checkpoint, "--data-path", tiny.data, flag, value)
+    assert f"argument {flag}" in capsys.readouterr().err
+
+
 def test_both_classifiers_learn_what_is_easy():
     train, labels = clusters(20, seed=0)
     test, expected = clusters(10, seed=1)
-    for predicted in (*probe.knn(train, labels, test).values(), probe.logistic(train, labels, test, 0)[1]):
+    for predicted in (*knn(train, labels, test).values(), logistic(train, labels, test, 0)[1]):
         assert (predicted == expected).mean() > 0.9
-    assert probe.logistic(train[::20], labels[::20], test, 0)[0] == 1.0  # one image a class: nothing to choose C on
+    assert logistic(train[::20], labels[::20], test, 0)[0] == 1.0  # one image a class: nothing to choose C on
 
 
 def test_neighbours_vote_by_similarity():
@@ -96,12 +91,12 @@ def test_neighbours_vote_by_similarity():
     weights = np.exp(np.cos(angles - 0.1) / 0.07)
     near = np.array([[2 * np.cos(0.1), 2 * np.sin(0.1)]], dtype=np.float32)  # lengths do not count
     expected = int(weights[1:].sum() > weights[0])
-    assert probe.knn(train, labels, near)["k-NN, k 4"].tolist() == [expected] == [0]
-    assert probe.knn(train, labels, train[1:2])["k-NN, k 4"].tolist() == [1]
+    assert knn(train, labels, near)["k-NN, k 4"].tolist() == [expected] == [0]
+    assert knn(train, labels, train[1:2])["k-NN, k 4"].tolist() == [1]
 
 
 def test_few_images_are_drawn_by_the_seed():
     labels = np.repeat([0, 1], (5, 7))
-    drawn = probe.draw(labels, 3, seed=0)
+    drawn = draw(labels, 3, seed=0)
     assert np.bincount(labels[drawn]).tolist() == [3, 3]
-    assert probe.draw(labels, 3, seed=0).tolist() == drawn.tolist() != probe.draw(labels, 3, seed=1).tolist()
+    assert draw(labels, 3, seed=0).tolist() == drawn.tolist() != draw(labels, 3, seed=1).tolist()

@@ -16,11 +16,6 @@ from tests.tiny_run import TinyRun
 from utils.checkpoint.files import load_checkpoint
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def requests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, float]]]:
     """Cut graphs but generate no code, which takes minutes on a CPU; give the modes and budgets that were asked for."""
@@ -70,16 +65,24 @@ def test_a_resumed_compiled_run_has_the_same_bits(tiny: TinyRun, requests: list[
     """With averaged weights, accumulation, activation checkpointing and bfloat16, from the middle of an epoch."""
     words = ("--compile", "--amp", "bf16", "--accumulation-steps", 2, "--use-checkpoint")
     keys = ["TRAIN.EMA_DECAY", 0.9, "TRAIN.SAVE_STEPS", 2, "TRAIN.SAVE_KEEP", 9]
-    keys += ["TRAIN.COMPILE_MODE", "reduce-overhead", "TRAIN.MEMORY_BUDGET", 0.4]
+    keys += ["TRAIN.MEMORY_BUDGET", 0.4]
     whole = tiny.train(*words, "--opts", *keys, tag="whole")
     again = tiny.train(*words, "--resume", step_file(whole, 4), "--opts", *keys, tag="again")
     assert_same_state(again / "checkpoint_last.pth", whole / "checkpoint_last.pth")
-    assert set(requests) == {("reduce-overhead", 0.4)}
+    assert set(requests) == {("default", 0.4)}
 
 
-@pytest.mark.usefixtures("requests")
+def test_cuda_graphs_do_not_accumulate(tiny: TinyRun, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        tiny.train(
+            "--compile", "--accumulation-steps", 2, "--opts", "TRAIN.COMPILE_MODE", "reduce-overhead", tag="none"
+        )
+    assert "TRAIN.COMPILE_MODE reduce-overhead leaves gradients" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("requests", ("eager",), indirect=True)
-def test_a_compiled_baseline(tiny: TinyRun) -> None:
+def test_a_compiled_baseline(tiny: TinyRun, requests: list[tuple[str, float]]) -> None:
     words = ("MODEL.TYPE", "timm", "MODEL.TIMM_NAME", "test_convnext", "TRAIN.EPOCHS", 1)
-    folder = tiny.train("--compile", "--opts", *words, tag="baseline")
+    folder = tiny.train("--compile", "--opts", *words, "TRAIN.COMPILE_MODE", "reduce-overhead", tag="baseline")
+    assert set(requests) == {("reduce-overhead", 1.0)}
     assert json.loads((folder / "metrics.jsonl").read_text())["epoch"] == 1

@@ -1,5 +1,6 @@
 """Distillation: the teacher's part of the loss, what the teacher sees, where it comes from, and exact resume."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,14 @@ from inference import open_checkpoint
 from models import build_model, from_published
 from tests.builders import config_with
 from tests.tiny_run import TinyRun
-from utils.checkpoint import load_teacher
+from utils.checkpoint import load_teacher, preprocessing
 from utils.checkpoint.files import load_checkpoint
 from utils.errors import RunError
-from utils.training import records
 from utils.training.distillation import Teacher
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 PREPROCESSING = {"img_size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "plot_curves", lambda *_: None)  # it takes longer than the training here
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +140,29 @@ def test_a_teacher_from_timm(tiny: TinyRun, tmp_path: Path) -> None:
         load(tiny, TEACHER=file, TIMM_NAME="resnett")
     with pytest.raises(ValueError, match=r"the teacher test_resnet knows 1000 classes, this run has 3"):
         load(tiny, TIMM_NAME="test_resnet")
+
+
+def test_a_teacher_of_other_channels(tiny: TinyRun, teacher_file: Path) -> None:
+    """Grey images are RGB to a teacher that takes RGB; any other difference is found before the training."""
+    keys = {"TRAIN__DISTILL__KIND": "hard", "TRAIN__DISTILL__TEACHER": teacher_file}
+    for channels in (1, 4):
+        config = config_with(MODEL__NUM_CLASSES=3, MODEL__STRIP_MLP__IN_CHANS=channels, **keys)
+        metadata = {"classes": ["cat", "dog", "emu"], "preprocessing": preprocessing(config)}
+        make = partial(load_teacher, config, torch.device("cpu"), metadata, build=build_model, remap=from_published)
+        if channels == 4:
+            with pytest.raises(ValueError, match=r"takes images of 3 channel\(s\), this run has 4"):
+                make()
+            continue
+        grey, rgb = torch.rand(2, 1, 32, 32), load(tiny, TEACHER=teacher_file)
+        pixels = grey * metadata["preprocessing"]["std"][0] + metadata["preprocessing"]["mean"][0]
+        own = load_checkpoint(teacher_file)["preprocessing"]
+        mean, std = (torch.tensor(own[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+        torch.testing.assert_close(make().scores(grey), rgb.model((pixels - mean) / std))
+
+
+def test_a_teacher_that_is_not_there_is_named_with_its_key(tiny: TinyRun) -> None:
+    with pytest.raises(FileNotFoundError, match=r"TRAIN.DISTILL.TEACHER: checkpoint 'gone.pth' does not exist"):
+        load(tiny, TEACHER="gone.pth")
 
 
 def test_a_teacher_needs_a_name(tiny: TinyRun, capsys: pytest.CaptureFixture) -> None:

@@ -34,11 +34,6 @@ def start(*words: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def trained(tiny: TinyRun) -> Path:
     """Two processes, started with the published command line of torch.distributed.launch."""
     out = start(*LAUNCH, 29731, "main.py", *tiny.argv("--batch-size", 4, tag="two"))

@@ -13,22 +13,6 @@ from tests.tiny_run import TinyRun
 from utils.checkpoint.files import load_checkpoint
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("others"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny: TinyRun) -> Path:
-    return tiny.train("--epochs", 1) / "checkpoint_last.pth"
-
-
-@pytest.fixture(scope="module")
-def bare(tiny: TinyRun, checkpoint: Path) -> Path:
-    torch.save(load_checkpoint(checkpoint)["model"], tiny.folder / "bare.pth")
-    return tiny.folder / "bare.pth"
-
-
 def fails(tiny: TinyRun, caplog, *words: object) -> str:
     with pytest.raises(SystemExit):
         main(tiny.argv(*words, tag="refused"))

@@ -18,26 +18,9 @@ from main_eval import main
 from tests.tiny_run import TinyRun
 from tools.common import run_tool
 from tools.corrupt import command
-from utils.checkpoint.files import load_checkpoint
 from utils.training import ALEXNET_ERRORS, class_scores, corruption_summary, corruption_table
 
 VAL = "ILSVRC2012_val_{:08d}.JPEG"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("sets"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny: TinyRun) -> Path:
-    return tiny.train("--epochs", 1) / "checkpoint_last.pth"
-
-
-@pytest.fixture(scope="module")
-def bare(tiny: TinyRun, checkpoint: Path) -> Path:
-    torch.save(load_checkpoint(checkpoint)["model"], tiny.folder / "bare.pth")
-    return tiny.folder / "bare.pth"
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.tiny_run import TinyRun
 from utils.checkpoint.capture import capture, restore
 from utils.checkpoint.files import load_checkpoint
 from utils.config.keys import KEYS
-from utils.training import batchnorm, records
+from utils.training import batchnorm
 from utils.training.batchnorm import averaged_batchnorm, batchnorm_buffers
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion
@@ -27,6 +27,8 @@ from utils.training.lr_scheduler import build_scheduler, scaled_learning_rates
 from utils.training.meters import RunningMeans
 from utils.training.optimizer import build_optimizer, layer_groups
 from utils.training.state import TrainState
+
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 CPU = torch.device("cpu")
 TIMM_OPTIMIZERS = [name for name in KEYS["TRAIN.OPTIMIZER.NAME"].choices if name not in ("adamw", "sgd")]
@@ -38,16 +40,6 @@ PARTS = {
     "stages4": ["patch_embed", "stages", "merging", "skip_1_to_3", "skip_1_to_4", "skip_2_to_4"],
     "head_only": ["patch_embed", "stages", "merging", "skip_1_to_3", "skip_1_to_4", "skip_2_to_4", "norm"],
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "plot_curves", lambda *_: None)  # it takes longer than the training here
 
 
 def same(first: Any, second: Any) -> bool:

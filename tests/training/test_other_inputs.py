@@ -17,11 +17,6 @@ GREY = (*WIDE, "MODEL.STRIP_MLP.IN_CHANS", "1")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tiny: TinyRun) -> Path:
     return tiny.train("--epochs", 1, "--opts", "TRAIN.EMA_DECAY", 0.5) / "checkpoint_last.pth"
 

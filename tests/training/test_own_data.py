@@ -16,6 +16,7 @@ import main_eval
 from tests.builders import config_with
 from tests.images import picture, write_folder
 from tests.tiny_run import TinyRun
+from tools.replay import Replay
 from utils.checkpoint.files import load_checkpoint
 from utils.config import short_of_updates
 from utils.training.evaluation import evaluate
@@ -82,6 +83,22 @@ def test_balanced_runs_continue_to_the_bit(tiny: TinyRun, trained: Path, words: 
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     plain = load_checkpoint(trained / "checkpoint_last.pth")["model"]
     assert not torch.equal(ours["head.weight"], plain["head.weight"])
+
+
+def test_an_update_is_repeated_on_the_images_that_it_was_trained_on(tiny: TinyRun, tmp_path: Path) -> None:
+    """The list of held-out images beside a dump decides, wherever both lie now and whatever was added to the data."""
+    data = shutil.copytree(tiny.data, tmp_path / "data")
+    diverging = ("TRAIN.BASE_LR", 1e30, "TRAIN.CLIP_GRAD", 0, "TRAIN.MAX_NONFINITE", 1)
+    with pytest.raises(SystemExit):
+        tiny.train("--data-path", data, "--epochs", 1, *OWN, *diverging, tag="diverging")
+    (tiny.output / "tiny" / "diverging").rename(tmp_path / "moved")
+    held_out = set(json.loads((tmp_path / "moved" / "holdout.json").read_text())["images"])
+    for number in range(100, 130):
+        picture(number).save(data / "dog" / f"{number}.jpg")
+    replay = Replay(next((tmp_path / "moved").glob("nonfinite*.pth")), data_path=str(data), device="cpu")
+    names = {replay.dataset.sample_name(index).removeprefix(f"{data}/") for index in range(len(replay.dataset))}
+    assert len(names) == 18 + 30
+    assert not names & held_out
 
 
 def test_one_class_is_refused(tiny: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,11 +16,6 @@ from utils.config import load_config
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def trained(tiny: TinyRun) -> Path:
     """Output folder of a finished run of two epochs."""
     return tiny.train(tag="trained")

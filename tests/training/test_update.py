@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,17 +20,13 @@ from utils.config.cli import parse
 from utils.runtime.signals import StopRequest
 from utils.runtime.start import start_run
 from utils.session import Session
+from utils.training import parallel
 from utils.training.meters import RunningMeans
 from utils.training.state import TrainState
 
 ROOT = Path(__file__).parents[2]
 # The CPU saves the work of samples that DropPath drops; elsewhere the host does not look at the draw.
 ON_THE_CPU_ALONE = {"models/fast/blocks.py:add_residual_of_kept"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
 
 
 @contextmanager
@@ -53,6 +50,19 @@ def count_reductions(model: DistributedDataParallel) -> list[int]:
 
     model.register_comm_hook(None, hook)
     return reduced
+
+
+@pytest.mark.parametrize(("format_", "world", "hooks"), (("none", 2, 0), ("bf16", 1, 0), ("bf16", 2, 1)))
+def test_gradients_are_compressed_where_they_are_exchanged(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, format_: str, world: int, hooks: int
+) -> None:
+    registered: list[object] = []
+    monkeypatch.setattr(parallel, "get_world_size", lambda: world)
+    monkeypatch.setattr(
+        DistributedDataParallel, "register_comm_hook", lambda _model, _state, hook: registered.append(hook)
+    )
+    with training(tiny, "--opts", "TRAIN.GRAD_COMPRESSION", format_, tag=f"{format_}_{world}"):
+        assert registered == [bf16_compress_hook] * hooks
 
 
 @pytest.mark.parametrize("name", ("adamw", "sgd"))

@@ -10,13 +10,16 @@ from utils.checkpoint.resume import (
     checkpoint_metadata,
     class_columns,
     class_names,
+    kept_plan,
     named_classes,
     preprocessing,
     starting_point,
     stored_classes,
     stored_config,
+    warn_held_out,
     warn_preprocessing,
 )
+from utils.checkpoint.room import Room
 from utils.checkpoint.store import BEST, LAST, CheckpointStore
 from utils.checkpoint.teacher import load_teacher
 from utils.checkpoint.weights import load_weights, weight_options
@@ -32,6 +35,7 @@ __all__ = [
     "class_names",
     "CheckpointStore",
     "FORMAT_VERSION",
+    "kept_plan",
     "LAST",
     "load_teacher",
     "load_weights",
@@ -41,10 +45,12 @@ __all__ = [
     "read_training_state",
     "resolve_source",
     "restore",
+    "Room",
     "sha256",
     "starting_point",
     "stored_classes",
     "stored_config",
+    "warn_held_out",
     "warn_preprocessing",
     "weight_options",
     "write_dump",

@@ -53,6 +53,40 @@ def capture(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def host_copy(tree: Any) -> Any:
+    """Return a copy of a captured state that training no longer changes: all tensors in the host's memory.
+
+    Tensors that share a storage share its copy, and keep their strides: the file becomes the same, byte for byte.
+
+    Args:
+        tree: nested dicts, lists and tuples of tensors and plain values.
+    """
+    storages: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
+
+    def copied(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            storage = node.untyped_storage()
+            key = storage.device, storage.data_ptr()
+            if key not in storages or not storage.nbytes():
+                whole = torch.empty(0, dtype=torch.uint8, device=node.device).set_(storage)
+                # from a GPU: into pinned memory, all transfers in a row
+                storages[key] = whole.to("cpu", copy=True, non_blocking=True).untyped_storage()
+            return torch.empty(0, dtype=node.dtype).set_(
+                storages[key], node.storage_offset(), node.size(), node.stride()
+            )
+        if isinstance(node, dict):
+            return {key: copied(value) for key, value in node.items()}
+        if isinstance(node, (list, tuple)):
+            return type(node)(map(copied, node))
+        return node
+
+    copy = copied(tree)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copy
+
+
 def restore(state: TrainState, payload: dict[str, Any], path: Path) -> None:
     """Put ``payload`` into the live state.
 

@@ -62,7 +62,10 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
         raise CheckpointError(f"cannot write checkpoint {path}: {error}") from error
     except Exception as error:
         reason = _root_reason(error)
-        raise CheckpointError(f"cannot write checkpoint {path} (after {size:,} bytes): {reason}") from error
+        raise CheckpointError(
+            f"cannot write checkpoint {path} (after {size:,} bytes): {reason}; earlier files are as they "
+            "were. Make room, or see to the disk, then repeat the command"
+        ) from error
 
 
 def link_checkpoint(source: Path, name: str) -> Path:

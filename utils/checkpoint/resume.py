@@ -1,7 +1,7 @@
 """Where a run starts: what a checkpoint says about itself, and whether this run may continue it."""
 
 import logging
-import os
+import socket
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,96 @@ from utils.config import (
     dump_config,
     normalisation,
     parse_config,
+    read_duration,
     recipe_differences,
     short_side,
+    value_of,
 )
 from utils.errors import CheckpointError
+from utils.runtime import gather_objects, on_main_process
 
 logger = logging.getLogger(__name__)
 
 # Keys that may change without permission: the log says so, and every sample is still seen once per epoch.
-_BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")
+_BATCH_KEYS = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.GLOBAL_BATCH")
 # Keys to which the weights of a Strip-MLP belong. Only weights are fitted to another input, not a training state.
 _INPUT_KEYS = ("DATA.IMG_SIZE", "MODEL.STRIP_MLP.IN_CHANS")
 
 
-def starting_point(config: CfgNode, store: CheckpointStore) -> Path | None:
+def starting_point(config: CfgNode, store: CheckpointStore, *, restarted: bool = False) -> Path | None:
     """Return the file to continue from: ``--resume``, else with ``TRAIN.AUTO_RESUME`` the run's own newest, or None.
 
     torchrun repeats the command when it restarts a failed run (``--max-restarts``). ``--resume`` is then meant for the
-    first attempt: once the run is past that file, a later attempt goes on from the run's own newest. Collective.
+    first attempt: once the run is past that file, a later attempt goes on from the run's own newest. Rank 0 decides,
+    whose files they are; the other hosts need none of them. Collective.
+
+    Args:
+        config: frozen config.
+        store: the run's checkpoints.
+        restarted: this process knows that the launcher has started the run before.
+
+    Raises:
+        CheckpointError, FileNotFoundError: a file cannot be used, or a host without rank 0 has newer ones.
     """
-    explicit = resolve_source(config.MODEL.RESUME) if config.MODEL.RESUME else None
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if explicit is not None and not (restarted and config.TRAIN.AUTO_RESUME):
-        return explicit
-    newest = store.newest() if config.TRAIN.AUTO_RESUME else None
-    if explicit is None or (newest is not None and step_inside(newest) > step_inside(explicit)):
+    source = config.MODEL.RESUME
+    go_on = config.TRAIN.AUTO_RESUME and (any(gather_objects(restarted)) or not source)
+    if go_on:
+        _refuse_newer_elsewhere(store)
+    newest = store.newest() if go_on else None
+    if not source:
         return newest
-    return explicit
+
+    def later_one() -> Path:
+        explicit = resolve_source(source)
+        return newest if newest is not None and step_inside(newest) > step_inside(explicit) else explicit
+
+    return on_main_process(later_one)
+
+
+def _refuse_newer_elsewhere(store: CheckpointStore) -> None:
+    """Raise a CheckpointError if the folder of the same name on another host than rank 0's has newer checkpoints."""
+    rows = gather_objects((store.latest_step(), socket.gethostname()))
+    step, host = max(rows, key=lambda row: row[0])
+    ours, main_host = rows[0]
+    if step > ours:
+        there = f"update {ours}" if ours >= 0 else "none"
+        raise CheckpointError(
+            f"{store.directory} holds a checkpoint of update {step} on {host}, but {there} on {main_host}, which has "
+            f"rank 0 now and writes the checkpoints. Copy the folder to {main_host}, or give all hosts a common one "
+            f"(--output); if it is of an older run, delete it on {host}, or use --tag NEW"
+        )
+
+
+def kept_plan(config: CfgNode, store: CheckpointStore, world_size: int, *, restarted: bool = False) -> dict[str, Any]:
+    """Return the values that were planned for the run of the starting point and stay in its continuation. Collective.
+
+    A batch stays with the number of processes that it was planned for, a number of updates with its time budget.
+
+    Args:
+        config: this run's config.
+        store, restarted: see ``starting_point``.
+        world_size: processes of this run.
+
+    Returns:
+        ``{'SECTION.KEY': value}``; nothing of a file that is not a run's checkpoint.
+    """
+    planned = config.TRAIN.GLOBAL_BATCH or read_duration(config.TRAIN.TIME_BUDGET)
+    path = starting_point(config, store, restarted=restarted) if planned else None
+
+    def read() -> dict[str, Any]:
+        payload = load_checkpoint(path, map_location="meta")
+        if "config" not in payload:
+            return {}
+        saved = parse_config(_own_entry(payload, "config", CONFIG, path), str(path))
+        plan = {}
+        if config.TRAIN.GLOBAL_BATCH == saved.TRAIN.GLOBAL_BATCH > 0 and payload["world_size"] == world_size:
+            plan |= {name: value_of(saved, name) for name in ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS")}
+        budgets = [read_duration(one.TRAIN.TIME_BUDGET) for one in (config, saved)]
+        if budgets[0] == budgets[1] > 0:
+            plan["TRAIN.UPDATES"] = saved.TRAIN.UPDATES
+        return plan
+
+    return on_main_process(read) if path is not None else {}
 
 
 def class_names(source: str) -> list[str]:
@@ -195,10 +258,9 @@ def check_recipe(config: CfgNode, payload: dict[str, Any], path: Path, allowed: 
         saved = parse_config(payload["config"], str(path))
     except ValueError as error:
         raise CheckpointError(f"{path}: its config cannot be used: {' '.join(str(error).split())}") from None
-    if payload["progress"]["epoch"] > saved.TRAIN.EPOCHS:
-        raise CheckpointError(
-            f"{path}: progress.epoch is {payload['progress']['epoch']}, of {saved.TRAIN.EPOCHS} epochs"
-        )
+    most = saved.TRAIN.UPDATES or saved.TRAIN.EPOCHS  # an epoch has at least one update
+    if payload["progress"]["epoch"] > most:
+        raise CheckpointError(f"{path}: progress.epoch is {payload['progress']['epoch']}, of {most} epochs")
     differences = recipe_differences(saved, config)
     blocking = []
     for key, (then, now) in differences.items():
@@ -273,7 +335,20 @@ def check_held_out(digest: str | None, payload: dict[str, Any], path: Path | str
         )
 
 
-def class_columns(classes: Sequence[str], metadata: dict[str, Any], path: Path | str, num_classes: int) -> list | None:
+def warn_held_out(digest: str | None, payload: dict[str, Any], path: Path | str) -> None:
+    """Warn where a run starts from weights of a training that held out other images; see ``check_held_out``."""
+    theirs = _own_entry(payload, "held_out", text(100), path)
+    if digest and theirs and digest != theirs:
+        logger.warning(
+            "%s held out other images: if they come from the same data, it was trained on some that are validated on "
+            "here, and the results will look too good; take its SEED and DATA.HOLDOUT",
+            path,
+        )
+
+
+def class_columns(
+    classes: Sequence[str], metadata: dict[str, Any], path: Path | str, num_classes: int, *, quiet: bool = False
+) -> list | None:
     """Return the scores that belong to the data set's classes, found by name; None where all are in the same order.
 
     A file without class names is taken to be in the order of the data set, which is logged.
@@ -283,30 +358,39 @@ def class_columns(classes: Sequence[str], metadata: dict[str, Any], path: Path |
         metadata: the checkpoint's entries.
         path: its file, for messages.
         num_classes: scores of the model.
+        quiet: log nothing, because the same was logged before.
 
     Raises:
         CheckpointError: a class is not among the checkpoint's, or numbers differ and the file has no names.
     """
     theirs = list(_own_entry(metadata, "classes", CLASSES, path) or ())
     if not theirs:
-        _log_assumed_order(classes, path, num_classes)
+        _check_assumed_order(classes, path, num_classes)
+        if not quiet:
+            _log_assumed_order(classes, path)
         return None
     if theirs == list(classes):
         return None
     numbers = {name: number for number, name in enumerate(theirs)}
     if any(name not in numbers for name in classes):
         check_classes(classes, metadata, path)
-    logger.warning("the data set holds %d of the %d classes of %s, matched by name", len(classes), len(theirs), path)
+    if not quiet:
+        logger.warning(
+            "the data set holds %d of the %d classes of %s, matched by name", len(classes), len(theirs), path
+        )
     return [numbers[name] for name in classes]
 
 
-def _log_assumed_order(classes: Sequence[str], path: Path | str, num_classes: int) -> None:
+def _check_assumed_order(classes: Sequence[str], path: Path | str, num_classes: int) -> None:
     if len(classes) != num_classes:
         raise CheckpointError(
             f"the data set has {len(classes)} classes, the model {num_classes}, and {path} holds no class names to "
             "match them by: list the names of the model's classes in a file, one per line in the order of its scores, "
             "and set TEST.CLASS_NAMES FILE (class folders 0, 1, ...: TEST.CLASS_NAMES numbers)"
         )
+
+
+def _log_assumed_order(classes: Sequence[str], path: Path | str) -> None:
     order = f"{path} holds no class names: label 0 is taken to be {classes[0]!r}, the last {classes[-1]!r}"
     numeric = all(name.isascii() and name.isdigit() for name in classes)
     if numeric and list(classes) != sorted(classes, key=int):

@@ -282,6 +282,7 @@ STATE = record(
         "held_out": text(100),
         "preprocessing": PREPROCESSING,
         "teacher": text(200),
+        "seconds_used": number(0),
     },
     exact=False,
 )

@@ -4,9 +4,12 @@ import logging
 import math
 import os
 import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from utils.checkpoint.capture import host_copy
 from utils.checkpoint.files import (
     first_nonfinite,
     link_checkpoint,
@@ -15,7 +18,7 @@ from utils.checkpoint.files import (
     write_checkpoint,
 )
 from utils.errors import CheckpointError
-from utils.runtime import on_main_process
+from utils.runtime import on_main_process, phase
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,7 @@ _STEP = "checkpoint_step_{:09d}.pth"
 _STEP_PATTERN = re.compile(r"checkpoint_step_(\d+)\.pth")
 _NAMES = "names"  # entry of a checkpoint: under which names besides its step's it was saved
 _EPOCH_PATTERN = re.compile(r"ckpt_epoch_(\d+)\.pth")
+SLOW_SAVE_SECONDS = 20
 
 
 class CheckpointStore:
@@ -31,7 +35,8 @@ class CheckpointStore:
 
     Every save writes ``checkpoint_step_NNNNNNNNN.pth``; ``checkpoint_last.pth``, ``checkpoint_best.pth`` and the
     milestones ``ckpt_epoch_N.pth`` are further names (hard links) of such files. Only the rolling step files are
-    ever deleted, after a newer one is durable.
+    ever deleted, after a newer one is durable. One file is written at a time, by a thread of rank 0 where training goes
+    on in the meantime.
 
     Args:
         directory: existing folder.
@@ -41,25 +46,77 @@ class CheckpointStore:
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory = directory
         self.keep = keep
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
-    def save(self, payload: dict[str, Any], names: tuple[str, ...] = ()) -> Path:
+    def save(self, payload: dict[str, Any], names: tuple[str, ...] = (), *, background: bool = False) -> Path:
         """Write ``payload`` under its step's name, ``checkpoint_last.pth`` and ``names``. Collective.
 
+        Args:
+            payload: what ``capture`` returned; it refers to the live state.
+            names: further names of the file.
+            background: return when ``payload`` is copied to the host's memory. It is written while training goes on;
+                ``finish``, which every save begins with, waits for that and raises its error.
+
         Raises:
-            CheckpointError, OSError: rank 0 could not write; on all processes. Earlier files are untouched.
+            CheckpointError, OSError: rank 0 could not write this or the previous file; on all processes. Earlier files
+                are untouched.
         """
         path = self.directory / _STEP.format(payload["progress"]["global_step"])
 
-        def write() -> None:
-            _refuse_nonfinite(payload, path)
-            write_checkpoint(path, {**payload, _NAMES: [LAST, *names]})
-            for name in (LAST, *names):
-                link_checkpoint(path, name)
-            for old in self._step_files()[self.keep :]:
-                old.unlink()
+        def begin() -> None:
+            self._settle()
+            if background:
+                self._writing = self._executor.submit(self._write, path, host_copy(payload), names)
+            else:
+                self._write(path, payload, names)
 
-        on_main_process(write)
+        on_main_process(begin)
         return path
+
+    @property
+    def failed(self) -> bool:
+        """Whether the write in the background has failed; ``finish`` raises its error."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def finish(self) -> None:
+        """Wait until the file in the background is written. Collective.
+
+        Raises:
+            CheckpointError, OSError: it could not be written; on all processes.
+        """
+        on_main_process(self._settle)
+
+    def close(self) -> None:
+        """Wait for the file in the background; if it could not be written, log why. Not collective."""
+        try:
+            self._settle()
+        except (CheckpointError, OSError) as error:
+            logger.error("%s", error)
+
+    def _settle(self) -> None:
+        if self._writing is not None:
+            wait([self._writing])  # a signal may end this with an exception, and leaves the write to ``close``
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    @phase("saving")
+    def _write(self, path: Path, payload: dict[str, Any], names: tuple[str, ...]) -> None:
+        started = time.monotonic()
+        _refuse_nonfinite(payload, path)
+        write_checkpoint(path, {**payload, _NAMES: [LAST, *names]})
+        for name in (LAST, *names):
+            link_checkpoint(path, name)
+        for old in self._step_files()[self.keep :]:
+            old.unlink()
+        seconds = time.monotonic() - started
+        logger.info("saved %s (%.1f s)", ", ".join((path.name, *names)), seconds)
+        if seconds > SLOW_SAVE_SECONDS:
+            logger.warning(
+                "saving took %.0f s; torchrun kills a stopping run after 30 s unless told otherwise "
+                "(--shutdown-timeout), so write to a faster disk or ask for the stop earlier",
+                seconds,
+            )
 
     def newest(self) -> Path | None:
         """Return the path of the newest file that verifies, or None in a folder without checkpoints. Collective.
@@ -71,6 +128,11 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, but none is good: nothing may silently start from zero here.
         """
         return on_main_process(self._choose)
+
+    def latest_step(self) -> int:
+        """Return the largest number in the names of the step files that this process sees, or -1."""
+        files = self._step_files() if self.directory.is_dir() else []
+        return _number(files[0], _STEP_PATTERN) if files else -1
 
     def set_aside_beyond(self, step: int) -> None:
         """Rename the files of updates after ``step``, where the run goes on, to ``NAME.aside``. Collective.

@@ -13,9 +13,9 @@ from yacs.config import CfgNode
 
 from utils.checkpoint.archive import tensor_crc
 from utils.checkpoint.files import load_checkpoint, payload_digest, resolve_source
-from utils.checkpoint.resume import check_classes, class_names
+from utils.checkpoint.resume import check_classes, class_names, preprocessing
 from utils.checkpoint.weights import load_weights
-from utils.config import parse_config
+from utils.config import as_pair, load_stored_config
 from utils.errors import CheckpointError, RunError, one_line
 from utils.runtime import once_per_machine, streams_restored
 from utils.training import Teacher
@@ -50,21 +50,37 @@ def load_teacher(
     distill = config.TRAIN.DISTILL
     if distill.KIND == "none":
         return None
-    path = resolve_source(distill.TEACHER) if distill.TEACHER else None
+    path = _teacher_file(distill.TEACHER)
     with streams_restored():
         if distill.TIMM_NAME:
-            model, theirs = _from_timm(config, path, remap, len(metadata["classes"]))
+            model, theirs = _from_timm(config, path, remap, metadata)
         else:
             model, theirs = _from_checkpoint(path, metadata["classes"], build, remap)
     _check_count(getattr(model, "num_classes", None), len(metadata["classes"]), path or distill.TIMM_NAME)
-    digest = payload_digest(dict(model.state_dict()), tensor_crc)
     ours = metadata["preprocessing"]
-    if len(theirs["mean"]) != len(ours["mean"]):  # timm knows the statistics of RGB alone
-        theirs = {**ours, "img_size": theirs["img_size"]}
+    _check_channels(len(theirs["mean"]), len(ours["mean"]), path)
+    digest = payload_digest(dict(model.state_dict()), tensor_crc)
     logger.info("teacher: %s, weights %s, %s", path or distill.TIMM_NAME, digest[:24], distill.KIND)
-    if theirs["img_size"] not in (None, ours["img_size"]):
+    if theirs["img_size"] and as_pair(theirs["img_size"]) != as_pair(ours["img_size"]):
         logger.info("the teacher sees the images at %s instead of %s pixels", theirs["img_size"], ours["img_size"])
     return Teacher(model.to(device), config, digest=digest, ours=ours, theirs=theirs)
+
+
+def _teacher_file(source: str) -> Path | None:
+    """Return the local file of ``TRAIN.DISTILL.TEACHER``, None where it is empty."""
+    try:
+        return resolve_source(source) if source else None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"TRAIN.DISTILL.TEACHER: {error}") from None
+
+
+def _check_channels(theirs: int, ours: int, path: Path | None) -> None:
+    """Raise a ValueError unless the teacher takes the images of this run, or grey ones in the place of RGB."""
+    if theirs != ours and (theirs, ours) != (3, 1):
+        raise ValueError(
+            f"the teacher {path} takes images of {theirs} channel(s), this run has {ours} (MODEL.STRIP_MLP.IN_CHANS); "
+            "it must take as many, or three where the run has one"
+        )
 
 
 def _check_count(count: int | None, wanted: int, name: object) -> None:
@@ -85,18 +101,21 @@ def _from_checkpoint(
         raise CheckpointError(
             f"{path} does not say what network it holds; name it in TRAIN.DISTILL.TIMM_NAME, such as strip_mlp_base"
         )
-    model = build(parse_config(text, str(path)), len(class_names(str(path))))
+    config, _ = load_stored_config(text, str(path), overrides={"EVAL_MODE": True})
+    model = build(config, len(class_names(str(path))))
     _, metadata = load_weights(model, str(path), remap=remap, prefer_ema=True)
     check_classes(classes, metadata, path)
-    return model, metadata["preprocessing"]
+    return model, {**preprocessing(config), **metadata.get("preprocessing", {})}  # old files say less
 
 
-def _from_timm(config: CfgNode, path: Path | None, remap: Remap, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+def _from_timm(
+    config: CfgNode, path: Path | None, remap: Remap, metadata: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
     """Return a network of timm with the weights of a file, or without one its released weights; and its preprocessing.
 
     Where its input size is not fixed, it sees the images at the size of this run.
     """
-    name = config.TRAIN.DISTILL.TIMM_NAME
+    name, num_classes = config.TRAIN.DISTILL.TIMM_NAME, len(metadata["classes"])
     options: dict[str, Any] = {"in_chans": config.MODEL.STRIP_MLP.IN_CHANS}
     options |= {"pretrained": True} if path is None else {"num_classes": num_classes}
 
@@ -119,4 +138,6 @@ def _from_timm(config: CfgNode, path: Path | None, remap: Remap, num_classes: in
         load_weights(model, str(path), remap=remap, prefer_ema=True)
     known = model.pretrained_cfg
     size = tuple(known["input_size"][1:]) if known["fixed_input_size"] else None
-    return model, {"mean": known["mean"], "std": known["std"], "img_size": size}
+    is_rgb = config.MODEL.STRIP_MLP.IN_CHANS == len(known["mean"])  # timm knows no statistics of other images
+    scale = known if is_rgb else metadata["preprocessing"]
+    return model, {"mean": scale["mean"], "std": scale["std"], "img_size": size}

@@ -7,6 +7,8 @@ from utils.config.facts import (
     CROP_RATIO,
     DATASETS,
     FOLDER_DATASETS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     SMALL,
     as_pair,
     input_shape,
@@ -14,9 +16,10 @@ from utils.config.facts import (
     normalisation,
     odd_batch_problem,
     short_side,
+    trains,
 )
-from utils.config.keys import default_config, require_known_key
-from utils.config.loading import load_config, load_stored_config, parse_config, run_folder
+from utils.config.keys import KEYS, default_config, flatten, require_known_key, value_of, with_values
+from utils.config.loading import ConfigError, load_config, load_stored_config, parse_config, run_folder
 from utils.config.recipe import (
     config_differences,
     config_notices,
@@ -24,20 +27,25 @@ from utils.config.recipe import (
     recipe_differences,
     short_of_updates,
 )
-from utils.config.values import expand_path, read_arguments
+from utils.config.values import expand_path, read_arguments, read_duration
 
 __all__ = [
     "CROP_RATIO",
     "CIFAR_DATASETS",
     "DATASETS",
     "FOLDER_DATASETS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "KEYS",
     "SMALL",
     "as_pair",
     "config_differences",
+    "ConfigError",
     "config_notices",
     "default_config",
     "dump_config",
     "expand_path",
+    "flatten",
     "input_shape",
     "load_config",
     "load_stored_config",
@@ -47,10 +55,14 @@ __all__ = [
     "parse",
     "parse_config",
     "read_arguments",
+    "read_duration",
     "recipe_deviations",
     "recipe_differences",
     "require_known_key",
     "run_folder",
     "short_of_updates",
     "short_side",
+    "trains",
+    "value_of",
+    "with_values",
 ]

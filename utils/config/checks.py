@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from utils.config.facts import FILE_DATASETS, FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem
-from utils.config.keys import KEYS, flatten, value_of
+from utils.config.facts import FILE_DATASETS, FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem, trains
+from utils.config.keys import KEYS, flatten, only_trains, value_of
 from utils.config.policy import policy_problem
-from utils.config.values import read_arguments
+from utils.config.values import read_arguments, read_duration
 
 FAST_RESIZES = ("bicubic", "bilinear")  # DATA.INTERPOLATION with DATA.FAST_RESIZE: what torch shrinks without aliasing
 STAGE_STRIDE = 8  # the three merges between the four stages halve the map each
@@ -30,23 +30,18 @@ class Problem:
 def check_config(config: CfgNode) -> list[Problem]:
     """Return everything that is wrong with the values of a complete configuration.
 
-    Types and names are not checked here, but where a value is read.
+    Types and names are not checked here, but where a value is read. What only training reads is not checked where the
+    configuration is for something else.
     """
-    return [
-        *_check_ranges(config),
-        *_check_data(config),
-        *_check_parts(config),
-        *_check_channels(config),
-        *_check_model(config),
-        *_check_training(config),
-        *_check_augmentation(config),
-        *_check_files(config),
-    ]
+    checks = [_check_ranges, _check_data, _check_holdout, _check_channels, _check_model, _check_files]
+    if trains(config):
+        checks += [_check_training, _check_balance, _check_augmentation]
+    return [problem for check in checks for problem in check(config)]
 
 
 def _check_ranges(config: CfgNode) -> Iterator[Problem]:
     for name, value in flatten(config).items():
-        if not KEYS[name].in_range(value):
+        if not KEYS[name].in_range(value) and (trains(config) or not only_trains(name)):
             yield Problem((name,), f"{name} is {value}; allowed: {KEYS[name].allowed}")
 
 
@@ -71,15 +66,18 @@ def _check_data(config: CfgNode) -> Iterator[Problem]:
         )
 
 
-def _check_parts(config: CfgNode) -> Iterator[Problem]:
-    """Check the keys of held-out images and of classes of unequal size."""
-    data, train = config.DATA, config.TRAIN
+def _check_holdout(config: CfgNode) -> Iterator[Problem]:
+    data = config.DATA
     if data.HOLDOUT and (data.DATASET not in FILE_DATASETS or data.ZIP_MODE):
         what = "DATA.ZIP_MODE (--zip) reads archives" if data.ZIP_MODE else f"{data.DATASET} has a validation set"
         yield Problem(
             ("DATA.HOLDOUT", "DATA.DATASET", "DATA.ZIP_MODE"),
             f"DATA.HOLDOUT divides image folders and CSV files, but {what}; set DATA.HOLDOUT 0",
         )
+
+
+def _check_balance(config: CfgNode) -> Iterator[Problem]:
+    data, train = config.DATA, config.TRAIN
     if train.CLASS_WEIGHTS == "balanced" and data.SAMPLER == "balanced":
         yield Problem(
             ("TRAIN.CLASS_WEIGHTS", "DATA.SAMPLER"),
@@ -99,7 +97,7 @@ def _check_parts(config: CfgNode) -> Iterator[Problem]:
 
 
 def _check_channels(config: CfgNode) -> Iterator[Problem]:
-    channels, aug = config.MODEL.STRIP_MLP.IN_CHANS, config.AUG
+    channels = config.MODEL.STRIP_MLP.IN_CHANS
     for key, values in channel_values(config).items():
         if len(values) not in (1, channels):
             yield Problem(
@@ -114,13 +112,6 @@ def _check_channels(config: CfgNode) -> Iterator[Problem]:
             ("DATA.PIPELINE", "MODEL.STRIP_MLP.IN_CHANS"),
             f"DATA.PIPELINE {config.DATA.PIPELINE} takes RGB and grey images, but MODEL.STRIP_MLP.IN_CHANS is "
             f"{channels}; take fast",
-        )
-    training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
-    if training and (aug.AUTO_AUGMENT not in ("", "none") or aug.COLOR_JITTER > 0):
-        yield Problem(
-            ("AUG.AUTO_AUGMENT", "AUG.COLOR_JITTER", "MODEL.STRIP_MLP.IN_CHANS"),
-            "AUG.AUTO_AUGMENT and AUG.COLOR_JITTER change colours and brightness of RGB and grey images, but "
-            f"MODEL.STRIP_MLP.IN_CHANS is {channels}; set AUG.AUTO_AUGMENT none and AUG.COLOR_JITTER 0",
         )
 
 
@@ -163,13 +154,26 @@ def _check_training(config: CfgNode) -> Iterator[Problem]:
                 (f"TRAIN.{key}", "TRAIN.BASE_LR"),
                 f"TRAIN.{key} is {train[key]:g}, larger than TRAIN.BASE_LR, which is {train.BASE_LR:g}",
             )
+    if (
+        train.COMPILE
+        and train.COMPILE_MODE == "reduce-overhead"
+        and (train.ACCUMULATION_STEPS > 1 or train.GLOBAL_BATCH)
+    ):
+        yield Problem(
+            ("TRAIN.COMPILE_MODE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.GLOBAL_BATCH"),
+            "TRAIN.COMPILE_MODE reduce-overhead leaves gradients in memory that the next micro-batch overwrites; take "
+            "TRAIN.COMPILE_MODE default, or TRAIN.ACCUMULATION_STEPS 1 and TRAIN.GLOBAL_BATCH 0",
+        )
+    try:
+        read_duration(train.TIME_BUDGET)
+    except ValueError as error:
+        yield Problem(("TRAIN.TIME_BUDGET",), f"TRAIN.TIME_BUDGET is {error}")
     try:
         read_arguments(train.OPTIMIZER.OPTIONS)
     except ValueError as error:
         yield Problem(("TRAIN.OPTIMIZER.OPTIONS",), f"TRAIN.OPTIMIZER.OPTIONS: {error}")
     distill = train.DISTILL
-    needs_teacher = distill.KIND != "none" and not config.EVAL_MODE  # evaluation does without
-    if needs_teacher and not (distill.TEACHER or distill.TIMM_NAME):
+    if distill.KIND != "none" and not (distill.TEACHER or distill.TIMM_NAME):
         yield Problem(
             ("TRAIN.DISTILL.KIND",),
             f"TRAIN.DISTILL.KIND is {distill.KIND}, but there is no teacher: give its checkpoint in "
@@ -178,7 +182,13 @@ def _check_training(config: CfgNode) -> Iterator[Problem]:
 
 
 def _check_augmentation(config: CfgNode) -> Iterator[Problem]:
-    aug = config.AUG
+    aug, channels = config.AUG, config.MODEL.STRIP_MLP.IN_CHANS
+    if channels not in (1, 3) and (aug.AUTO_AUGMENT not in ("", "none") or aug.COLOR_JITTER > 0):
+        yield Problem(
+            ("AUG.AUTO_AUGMENT", "AUG.COLOR_JITTER", "MODEL.STRIP_MLP.IN_CHANS"),
+            "AUG.AUTO_AUGMENT and AUG.COLOR_JITTER change colours and brightness of RGB and grey images, but "
+            f"MODEL.STRIP_MLP.IN_CHANS is {channels}; set AUG.AUTO_AUGMENT none and AUG.COLOR_JITTER 0",
+        )
     odd_batch = odd_batch_problem(config)
     if odd_batch:
         yield Problem(("DATA.BATCH_SIZE", "AUG.MIXUP", "AUG.CUTMIX"), odd_batch)

@@ -100,6 +100,8 @@ def parse(
     *,
     evaluation: bool = False,
     stored_config: Callable[[str], str] | None = None,
+    add_flags: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+    recover: Callable[[Exception], CfgNode] | None = None,
 ) -> tuple[argparse.Namespace, CfgNode]:
     """Read the command line and the configuration that it names.
 
@@ -111,20 +113,21 @@ def parse(
         evaluation: the program only evaluates, as if ``--eval`` were given.
         stored_config: returns the configuration text in a checkpoint. Where it is given, the program takes CHECKPOINT,
             whose configuration is used unless ``--cfg`` names another.
+        add_flags: adds the program's own flags to the parser.
+        recover: returns what is used instead of a configuration with errors.
 
     Returns:
         (parsed flags, frozen configuration); a flag that was not given is None.
     """
     parser = build_parser(description, takes_checkpoint=stored_config is not None)
+    add_flags(parser)
     args = parser.parse_args(argv)
     checkpoint = getattr(args, "checkpoint", None)
     if stored_config is not None:
         _require_one_source(parser, args)
     overrides = {name: value for name, value in vars(args).items() if name in KEYS and value is not None}
-    if evaluation:
-        overrides["EVAL_MODE"] = True
-    if checkpoint:
-        overrides["MODEL.RESUME"] = checkpoint
+    overrides |= {"EVAL_MODE": True} if evaluation else {}
+    overrides |= {"MODEL.RESUME": checkpoint} if checkpoint else {}
     try:
         for name in args.allow_change:
             require_known_key(name)
@@ -133,6 +136,8 @@ def parse(
         else:
             config, sources = load_stored_config(stored_config(checkpoint), checkpoint, args.opts, overrides)
     except (ValueError, OSError, CheckpointError) as error:
+        if recover is not None:
+            return args, recover(error)
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if args.print_config:
         sys.stdout.write(annotate_config(config, sources))

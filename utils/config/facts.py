@@ -5,7 +5,7 @@ from yacs.config import CfgNode
 FOLDER_DATASETS = ("imagenet", "imagenet-1k", "101_ObjectCategories", "caltech101", "folder")
 CIFAR_DATASETS = ("CIFAR10", "CIFAR100")
 FILE_DATASETS = (*FOLDER_DATASETS, "csv")
-DATASETS = (*FILE_DATASETS, *CIFAR_DATASETS, "digits")
+DATASETS = (*FILE_DATASETS, "shards", *CIFAR_DATASETS, "digits", "timm:NAME")
 
 
 def mixes(config: CfgNode) -> bool:
@@ -16,7 +16,7 @@ def mixes(config: CfgNode) -> bool:
 
 def odd_batch_problem(config: CfgNode) -> str:
     """Return what is wrong with the batch size of a run that trains with mixup or cutmix, or an empty text."""
-    if config.EVAL_MODE or config.THROUGHPUT_MODE or not mixes(config) or config.DATA.BATCH_SIZE % 2 == 0:
+    if not (trains(config) and mixes(config)) or config.DATA.BATCH_SIZE % 2 == 0:
         return ""
     return (
         f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}, but mixup and cutmix pair the images of a batch: take an even "
@@ -43,6 +43,11 @@ def short_side(size: int | tuple[int, int], *, crop: bool, ratio: float = CROP_R
     if not crop:
         return None
     return int(size / ratio) if isinstance(size, int) else tuple(int(side / ratio) for side in size)
+
+
+def trains(config: CfgNode) -> bool:
+    """Return whether the configuration is for training: neither for evaluation nor for measuring the throughput."""
+    return not (config.EVAL_MODE or config.THROUGHPUT_MODE)
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:

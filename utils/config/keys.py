@@ -6,7 +6,7 @@ the page again: ``python -m utils.config.reference > docs/CONFIG.md``.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from utils.config.facts import CROP_RATIO, DATASETS, IMAGENET_MEAN, IMAGENET_STD, mixes
 from utils.config.suggest import did_you_mean
-from utils.config.values import convert, in_interval, is_list, is_null
+from utils.config.values import convert, in_interval, is_list, is_null, read_duration
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ AUTO_AUGMENT_ON = Idle("AUG.AUTO_AUGMENT takes its place", lambda config: config
 MIXING_OFF = Idle("mixup and cutmix are off", lambda config: not mixes(config))
 TIMM = when("MODEL.TYPE", "timm")
 NO_TEACHER = when("TRAIN.DISTILL.KIND", "none")
+PLANNED_BATCH = Idle(
+    "it follows from TRAIN.GLOBAL_BATCH",
+    lambda config: config.TRAIN.GLOBAL_BATCH > 0 and not (config.EVAL_MODE or config.THROUGHPUT_MODE),
+)
+PLANNED_LENGTH = Idle("it follows from TRAIN.TIME_BUDGET", lambda config: read_duration(config.TRAIN.TIME_BUDGET) > 0)
 OWN_OPTIMIZER = Idle(
     "TRAIN.OPTIMIZER.NAME is adamw or sgd", lambda config: config.TRAIN.OPTIMIZER.NAME in ("adamw", "sgd")
 )
@@ -120,10 +125,15 @@ NOT_COMPILED = when("TRAIN.COMPILE", False)
 # A table: each row is one line, or two where it is long.
 # fmt: off
 _ROWS = (
-    Key("DATA.BATCH_SIZE", 64, "images per process and forward pass", "[1, 65536]", flag="--batch-size N"),
-    Key("DATA.DATA_PATH", "", "folder of the data set: with train/ and val/, or where the CIFAR files are",
-        affects="nothing", flag="--data-path DIR", is_path=True),
+    Key("DATA.BATCH_SIZE", 64, "images per process and forward pass",
+        "[1, 65536]", idle_when=PLANNED_BATCH, flag="--batch-size N"),
+    Key("DATA.DATA_PATH", "", "folder of the data set: with train/ and val/, or where the CIFAR files are; of shards, "
+        "also an address", affects="nothing", flag="--data-path DIR", is_path=True),
     Key("DATA.DATASET", "imagenet", "name of the data set", "|".join(DATASETS), flag="--dataset NAME"),
+    Key("DATA.TIMM_OPTIONS", "", "arguments of timm's create_dataset, such as input_key='img', val_split='test'; "
+        "known: train_split, val_split, class_map, input_key, target_key",
+        idle_when=Idle("DATA.DATASET is not timm:NAME", lambda config: not config.DATA.DATASET.startswith("timm:")),
+        ours=True),
     Key("DATA.HOLDOUT", 0.0, "share of each class of the training images that is held out for validation, where there "
         "is no validation set; 0 = off", "[0, 1)", ours=True),
     Key("DATA.SAMPLER", "shuffle", "order of an epoch: every image once, or each class equally often",
@@ -194,6 +204,10 @@ _ROWS = (
         "[0, 65536]", idle_when=TIMM, ours=True),
 
     Key("TRAIN.EPOCHS", 300, "passes over the training set", "[1, 1000000]", flag="--epochs N"),
+    Key("TRAIN.UPDATES", 0, "updates of the whole run, to which the schedule is stretched; the last epoch may be cut "
+        "short; 0 = TRAIN.EPOCHS epochs", "[0, 1000000000000]", idle_when=PLANNED_LENGTH, ours=True),
+    Key("TRAIN.TIME_BUDGET", "0", "time for the whole run, such as 6h, 90m, 300s or 1h30m, from whose measured speed "
+        "TRAIN.UPDATES follows (docs/PLANNING.md); 0 = off", flag="--time-budget TIME", ours=True),
     Key("TRAIN.WARMUP_EPOCHS", 20, "epochs in which the rate rises linearly from TRAIN.WARMUP_LR", "[0, 1000000]"),
     Key("TRAIN.WEIGHT_DECAY", 0.05, "decoupled decay; none on biases and one-dimensional parameters", "[0, 1000]"),
     Key("TRAIN.BASE_LR", 5e-4, "learning rate at the end of warm-up", "(0, 1e30]"),
@@ -204,7 +218,10 @@ _ROWS = (
     Key("TRAIN.CLIP_GRAD", 5.0, "largest norm of the gradient; 0 = no clipping", "[0, 1000000000]"),
     Key("TRAIN.AUTO_RESUME", True, "continue from the last good checkpoint of the output folder", affects="nothing"),
     Key("TRAIN.ACCUMULATION_STEPS", 0, "forward passes per update; 0 and 1 = no accumulation",
-        "[0, 1000000]", flag="--accumulation-steps N"),
+        "[0, 1000000]", idle_when=PLANNED_BATCH, flag="--accumulation-steps N"),
+    Key("TRAIN.GLOBAL_BATCH", 0, "images per update over all processes, from which batch size and accumulation follow: "
+        "the largest batch that fits the memory (docs/PLANNING.md); 0 = off",
+        "[0, 1000000]", flag="--global-batch N", ours=True),
     Key("TRAIN.USE_CHECKPOINT", False, "recompute activations in the backward pass: less memory, more time",
         affects="nothing", flag="--use-checkpoint"),
     Key("TRAIN.LR_SCHEDULER.NAME", "cosine", "shape of the decay", "cosine|linear|step"),
@@ -252,10 +269,12 @@ _ROWS = (
     Key("TRAIN.EMA_WARMUP", True, "let the decay of the average rise slowly at the start",
         idle_when=when("TRAIN.EMA_DECAY", 0), ours=True),
     Key("TRAIN.SYNC_BN", False, "batch statistics over all processes", ours=True),
+    Key("TRAIN.GRAD_COMPRESSION", "none", "format in which several processes exchange their gradients: bf16 halves "
+        "the bytes and rounds each process's share", "none|bf16", ours=True),
     Key("TRAIN.LEAN", "auto", "hand-written gradients, which keep less memory; auto: where they are faster (CPUs)",
         "auto|on|off", idle_when=TIMM, ours=True),
     Key("TRAIN.COMPILE", False, "torch.compile", flag="--compile", ours=True),
-    Key("TRAIN.COMPILE_MODE", "default", "reduce-overhead: replay CUDA graphs; for small batches on a GPU",
+    Key("TRAIN.COMPILE_MODE", "default", "reduce-overhead: replay CUDA graphs, where the host is slower than the GPU",
         "default|reduce-overhead", idle_when=NOT_COMPILED, ours=True),
     Key("TRAIN.MEMORY_BUDGET", 1.0, "share of the activations that a compiled model keeps; the rest is recomputed",
         "[0, 1]", idle_when=NOT_COMPILED, ours=True),
@@ -339,6 +358,7 @@ _ROWS = (
 # fmt: on
 
 KEYS = {row.name: row for row in _ROWS}  # in the order of the tree
+_ALSO_EVALUATES = ("TRAIN.AMP", "TRAIN.TF32", "TRAIN.DIST_TIMEOUT")
 SECTIONS = frozenset(name[:i] for name in KEYS for i, sign in enumerate(name) if sign == ".")
 
 
@@ -361,6 +381,21 @@ def set_value(config: CfgNode, name: str, value: Any) -> None:
     for parent in parents:
         config = config.setdefault(parent, CfgNode())
     config[leaf] = value
+
+
+def only_trains(name: str) -> bool:
+    """Return whether only training reads a key, also one that is not known here."""
+    return name.startswith(("TRAIN.", "AUG.")) and name not in _ALSO_EVALUATES
+
+
+def with_values(config: CfgNode, values: Mapping[str, Any]) -> CfgNode:
+    """Return a frozen copy of ``config`` with the values of some keys, by dotted name, replaced."""
+    changed = config.clone()
+    changed.defrost()
+    for name, value in values.items():
+        set_value(changed, name, value)
+    changed.freeze()
+    return changed
 
 
 def require_known_key(name: str) -> None:

@@ -2,9 +2,11 @@
 
 Order of precedence, lowest first: the defaults, the config's bases, the config file, ``--opts``, the flags of the
 command line. Nothing changes a configuration after ``load_config``; what is known only at run time (number of
-processes, scaled learning rate) lives elsewhere. A configuration is data: no file that it names is ever executed.
+processes, scaled learning rate) lives elsewhere. Planning (docs/PLANNING.md) makes a new one, in which the values that
+follow from memory and speed are written as if by hand. A configuration is data: no file that it names is ever executed.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from yacs.config import CfgNode
 
 from utils.config.checks import check_config
 from utils.config.files import Layer, read_layers, text_layer
-from utils.config.keys import KEYS, SECTIONS, default_config, set_value
+from utils.config.keys import KEYS, SECTIONS, default_config, only_trains, set_value
 from utils.config.suggest import did_you_mean
 from utils.config.values import expand_path
+
+logger = logging.getLogger(__name__)
 
 COMMAND_LINE = "the command line"
 # What a stored configuration does not decide for a later call, besides all paths.
@@ -27,6 +31,18 @@ RETIRED_KEYS = {
     "LOCAL_RANK": "the launcher sets it through the environment variable LOCAL_RANK",
     "TRAIN.START_EPOCH": "it follows from the checkpoint given with --resume",
 }
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message has one line for each problem.
+
+    Attributes:
+        config: what could be read of it.
+    """
+
+    def __init__(self, text: str, config: CfgNode) -> None:
+        super().__init__(text)
+        self.config = config
 
 
 def load_config(cfg_file: str | Path, opts: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> CfgNode:
@@ -77,7 +93,8 @@ def load_stored_config(
     """Read the configuration that a checkpoint holds, to evaluate the checkpoint, and apply the command line.
 
     Places (paths of data, caches, output and weights) and what that run was asked to do are not taken from it: they
-    belong to the machine and the call.
+    belong to the machine and the call. For an evaluation, what only training reads may be anything: keys and values
+    that other versions of this project know are left out, and logged.
 
     Args:
         text: the YAML text that ``dump_config`` made.
@@ -93,12 +110,29 @@ def load_stored_config(
     problems: list[str] = []
     stored = text_layer(text, name, problems)
     kept = [(key, value) for key, value in stored.values if not (key in KEYS and _belongs_to_call(key))]
+    if (overrides or {}).get("EVAL_MODE"):
+        kept = _without_strange_training(kept, name)
     layers = [
         Layer(name, kept, expand=False),
         Layer("--opts", _pairs(opts, problems)),
         Layer(COMMAND_LINE, list((overrides or {}).items())),
     ]
     return _build(layers, problems, name)
+
+
+def _without_strange_training(values: list[tuple[str, Any]], name: str) -> list[tuple[str, Any]]:
+    """Return the stored values without those that only training reads and that this version cannot read."""
+    strange = [key for key, value in values if only_trains(key) and not _readable(key, value)]
+    if strange:
+        logger.warning("%s was trained with settings unknown here, which evaluation does not need: %s", name, strange)
+    return [(key, value) for key, value in values if key not in strange]
+
+
+def _readable(key: str, value: Any) -> bool:
+    try:
+        return key in KEYS and KEYS[key].in_range(KEYS[key].read(value))
+    except ValueError:
+        return False
 
 
 def _belongs_to_call(key: str) -> bool:
@@ -122,7 +156,8 @@ def _build(layers: list[Layer], problems: list[str], name: str) -> tuple[CfgNode
         problems.append(problem.text + (f" ({', '.join(sorted(sources))})" if sources else ""))
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ValueError(f"{count} in the configuration of {name}:\n" + "\n".join(f"  - {line}" for line in problems))
+        text = f"{count} in the configuration of {name}:\n" + "\n".join(f"  - {line}" for line in problems)
+        raise ConfigError(text, config)
     config.freeze()
     return config, given
 

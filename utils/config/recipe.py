@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 from utils.config.facts import channel_values, mixes
 from utils.config.keys import KEYS, default_config, flatten, value_of
 from utils.config.policy import clipped_magnitude
+from utils.config.values import read_duration
 
 # Published (EMBED_DIM, LAYERS): Strip-MLP-T*, T, S, B.
 PUBLISHED_VARIANTS = ((80, [2, 2, 6, 2]), (80, [2, 2, 12, 2]), (96, [2, 2, 18, 2]), (112, [2, 2, 18, 2]))
@@ -81,10 +82,11 @@ def recipe_deviations(config: CfgNode) -> dict[str, tuple[Any, Any]]:
 def short_of_updates(config: CfgNode, num_samples: int, updates_per_epoch: int) -> str:
     """Return a sentence if the recipe is made for far more images than there are, or an empty text.
 
-    The rule: at least ``MANY_EPOCHS`` passes, and yet fewer than ``FEW_UPDATES`` updates in all.
+    The rule: at least ``MANY_EPOCHS`` passes, and yet fewer than ``FEW_UPDATES`` updates in all. It says nothing of
+    runs whose length is given as updates or as time.
     """
     train, updates = config.TRAIN, config.TRAIN.EPOCHS * updates_per_epoch
-    if train.EPOCHS < MANY_EPOCHS or updates >= FEW_UPDATES:
+    if train.EPOCHS < MANY_EPOCHS or updates >= FEW_UPDATES or train.UPDATES or read_duration(train.TIME_BUDGET):
         return ""
     return (
         f"this recipe is made for far more than {num_samples:,} images: its {train.EPOCHS} epochs show each of them "

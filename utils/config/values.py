@@ -15,6 +15,7 @@ from utils.config.suggest import did_you_mean
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
 NULL = ("", "null", "~", "none")
 
 
@@ -24,7 +25,8 @@ def convert(value: Any, default: Any, choices: Sequence[str] = (), *, any_length
     Args:
         value: text, a list of texts, or a value of the right type.
         default: a value of the type that is wanted.
-        choices: known values of a text; upper and lower case do not matter, the spelling here is returned.
+        choices: known values of a text; upper and lower case do not matter, the spelling here is returned. After the
+            colon of ``timm:NAME`` anything may follow.
         any_length: a list may have another length than the default, but not be empty.
 
     Raises:
@@ -67,6 +69,20 @@ def expand_path(text: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{reprlib.repr(text)}: {expanded.split('/')[0]} is not the home folder of a known user")
     return expanded
+
+
+def read_duration(text: str) -> float:
+    """Return the seconds in a text such as ``6h``, ``90m``, ``300s`` or ``1h30m``; ``0`` is none.
+
+    Raises:
+        ValueError: the text is not a duration.
+    """
+    parts = _DURATION.fullmatch(text.strip().lower())
+    if text.strip() == "0":
+        return 0.0
+    if parts is None or not any(parts.groups()):
+        raise ValueError(f"{reprlib.repr(text)}, not a time such as 6h, 90m, 300s or 1h30m (0 = off)")
+    return sum(float(number) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True) if number)
 
 
 def read_arguments(text: str) -> dict[str, Any]:
@@ -127,6 +143,10 @@ def _to_choice(text: str, choices: Sequence[str]) -> str:
     by_lower = {choice.lower(): choice for choice in choices}
     if text.lower() in by_lower:
         return by_lower[text.lower()]
+    for choice in choices:
+        prefix = choice.removesuffix("NAME")
+        if prefix.endswith(":") and text.lower().startswith(prefix) and text != prefix:
+            return prefix + text[len(prefix) :]
     known = ", ".join(choice or "''" for choice in choices)
     raise ValueError(f"{reprlib.repr(text)} is unknown; known: {known}{did_you_mean(text, filter(None, choices))}")
 

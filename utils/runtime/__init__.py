@@ -1,5 +1,6 @@
 """The process that a run lives in: launch, devices, logging, signals, files, random streams."""
 
+from utils.runtime.agreement import SAME_FILES, require_agreement
 from utils.runtime.distributed import (
     all_reduce_sum,
     broadcast_object,
@@ -8,10 +9,12 @@ from utils.runtime.distributed import (
     get_rank,
     get_world_size,
     is_main_process,
+    load_on_main_process,
     on_main_process,
 )
+from utils.runtime.failures import phase
 from utils.runtime.files import atomic_file, free_bytes, link_or_copy, set_aside, side_file, write_text_atomic
-from utils.runtime.hardware import cpu_features, crowding_advice, describe_cpu
+from utils.runtime.hardware import cpu_features, crowding_advice, describe_cpu, free_memory
 from utils.runtime.launch import select_device
 from utils.runtime.processes import once_per_machine, usable_cores
 from utils.runtime.random_state import (
@@ -35,6 +38,7 @@ __all__ = [
     "crowding_advice",
     "describe_cpu",
     "free_bytes",
+    "free_memory",
     "gather_objects",
     "get_local_world_size",
     "get_rank",
@@ -43,11 +47,15 @@ __all__ = [
     "is_main_process",
     "JOB_SIGNALS",
     "link_or_copy",
+    "load_on_main_process",
     "on_main_process",
     "once_per_machine",
+    "phase",
     "printable",
     "random_state",
+    "require_agreement",
     "Run",
+    "SAME_FILES",
     "seed_streams",
     "seeded_streams",
     "select_device",

@@ -5,9 +5,11 @@ source of the process layout; an environment that is half set is an error, not a
 """
 
 import os
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -93,14 +95,54 @@ def on_main_process(action: Callable[[], T]) -> T:
 
     Raises:
         OSError, RuntimeError, ValueError: what ``action`` raised, of the same class and with the same message on all
-            processes; on the others it has the attribute ``from_rank_0``. Another error ends rank 0, and the others by
-            the loss of their connection.
+            processes; on the others its attribute ``culprit`` names rank 0 and its host. Another error ends rank 0,
+            and the others by the loss of their connection.
     """
-    result, error = broadcast_object(attempt(action) if is_main_process() else None)
+    result, error, host = broadcast_object((*attempt(action), socket.gethostname()) if is_main_process() else None)
     if error is not None:
-        error.from_rank_0 = not is_main_process()
+        if not is_main_process():
+            error.culprit = f"rank 0 on {host}"
         raise error
     return result
+
+
+def load_on_main_process(read: Callable[[], Any]) -> Any:
+    """Run ``read`` on rank 0 alone; return the tree of tensors and plain values that it returns, on every process.
+
+    Tensors are sent one by one: no process holds more than the tree and one tensor. Collective.
+
+    Args:
+        read: returns nested dicts, lists and tuples; tensors are on the CPU.
+
+    Raises:
+        OSError, RuntimeError, ValueError: as ``on_main_process`` does.
+    """
+    tensors: list[Tensor] = []
+
+    def outline() -> Any:
+        return _change_tensors(read(), lambda tensor: tensors.append(tensor) or tensor.to("meta"))
+
+    tree, own = on_main_process(outline), iter(tensors)
+    main = is_main_process()
+    return _change_tensors(tree, lambda spec: _send(next(own) if main else torch.empty(spec.shape, dtype=spec.dtype)))
+
+
+def _send(tensor: Tensor) -> Tensor:
+    """Return rank 0's tensor on every process, bit by bit."""
+    if is_distributed() and tensor.numel():
+        dist.broadcast(tensor.contiguous().view(-1).view(torch.uint8), src=0)
+    return tensor
+
+
+def _change_tensors(node: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested dicts, lists and tuples with their tensors changed, in their order."""
+    if isinstance(node, Tensor):
+        return change(node)
+    if isinstance(node, dict):
+        return type(node)((key, _change_tensors(value, change)) for key, value in node.items())
+    if isinstance(node, (list, tuple)):
+        return type(node)(_change_tensors(value, change) for value in node)
+    return node
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

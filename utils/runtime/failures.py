@@ -2,16 +2,20 @@
 
 import logging
 import re
+import socket
+import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import timm
 import torch.distributed as dist
 
-from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError, message_text
-from utils.runtime.distributed import get_rank, get_world_size, is_distributed
+from utils.errors import CheckpointError, ImageReadError, NonFiniteError, RunError, message_text, one_line
+from utils.runtime.distributed import get_rank, get_world_size
 from utils.runtime.signals import Interrupted
 
 logger = logging.getLogger(__name__)
@@ -19,6 +23,7 @@ logger = logging.getLogger(__name__)
 # Errors whose message says all: what is wrong, where, and what to do.
 USER_ERRORS = (ValueError, OSError, CheckpointError, ImageReadError, NonFiniteError, RunError)
 SIGNAL_SECONDS = 1.0  # a signal to all processes reaches one of them this much later than another
+STORE_SECONDS = 5.0  # an answer of the shared store takes less, if it comes
 _FAILED, _STOPPED = "failed", "stopped"  # keys in the store that the processes share
 _LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|timeout|remote process exited", re.I)
 
@@ -69,6 +74,21 @@ def tell_of_signal(number: int, store: dist.Store | None) -> None:
     _tell_others(store, _STOPPED, str(number))
 
 
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Note in an error from inside what the process was doing; of nested phases the innermost counts.
+
+    Args:
+        name: a participle, such as ``saving``; the log says "stops while saving".
+    """
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "phase"):
+            error.phase = name
+        raise
+
+
 def log_failure(error: BaseException, store: dist.Store | None) -> None:
     """Log what ends the run, its traceback in the file alone, and tell the other processes.
 
@@ -76,19 +96,21 @@ def log_failure(error: BaseException, store: dist.Store | None) -> None:
         error: what ends this process.
         store: what the processes share, or None if they have not met.
     """
-    rank = get_rank()
-    who = f"rank {rank}" if is_distributed() else "the run"
+    who = f"rank {get_rank()} on {socket.gethostname()}"
+    doing = f" while {error.phase}" if hasattr(error, "phase") else ""
     lost = is_lost_connection(error)
-    culprit = "rank 0" if getattr(error, "from_rank_0", False) else _culprit(store) if lost else ""
+    culprit = _culprit(store) if lost else getattr(error, "culprit", "")
     if culprit:
-        text = f"stops because {culprit} failed"
+        place = "; ".join(getattr(error, "__notes__", ()))
+        reason = f" because {culprit}" if lost else f" because {culprit} failed: {one_line(error)}"
+        text = f"{doing}{f' ({place})' if place else ''}{reason}"
     elif lost:
-        text = f"stops: another process failed or hangs: {error_text(error)}"
+        text = f"{doing}: another process failed or hangs: {error_text(error)}"
     else:
-        text = f"stops: {error_text(error)}"
-    logger.error("%s %s", who, text, exc_info=error, extra={"brief": True})
+        text = f"{doing}: {error_text(error)}"
+    logger.error("%s stops%s", who, text, exc_info=error, extra={"brief": True})
     if not (culprit or lost):
-        _tell_others(store, _FAILED, f"rank {rank}")
+        _tell_others(store, _FAILED, f"{who} failed{doing}: {one_line(error)}")
 
 
 def _tell_others(store: dist.Store | None, key: str, text: str) -> None:
@@ -102,10 +124,10 @@ def _tell_others(store: dist.Store | None, key: str, text: str) -> None:
 
 
 def _culprit(store: dist.Store | None) -> str:
-    """Return which process said that it failed, or '' if none did."""
+    """Return which process said that it failed, where and why, or '' if none did."""
     told = _told(store, _FAILED)
     if told is None:
-        return "" if dist.is_torchelastic_launched() else "rank 0"
+        return "" if dist.is_torchelastic_launched() else "rank 0 failed"
     return told
 
 
@@ -114,7 +136,13 @@ def _told(store: dist.Store | None, key: str) -> str | None:
 
     None: whoever held the store has ended, which is torchrun, or rank 0 without it.
     """
-    try:
-        return store.get(key).decode() if store is not None and store.check([key]) else ""
-    except RuntimeError:
-        return None
+    answers: list[str] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            answers.append(store.get(key).decode() if store is not None and store.check([key]) else "")
+
+    thread = threading.Thread(target=ask, daemon=True)  # through a cut cable, an answer never comes
+    thread.start()
+    thread.join(STORE_SECONDS)
+    return answers[0] if answers else None

@@ -1,6 +1,8 @@
 """What the processor of this machine can do, as far as PyTorch makes use of it."""
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -33,6 +35,17 @@ def describe_cpu() -> str:
         return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
     advice = "--amp bf16 is native" if features["bf16"] else "no native bf16: train in float32"
     return f"CPU with {', '.join(name for name, has in features.items() if has) or 'no vector units'} ({advice})"
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that this machine, or the container that limits it, can still give to programs."""
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    free = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
 
 
 def crowding_advice() -> str:

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 NOTICE_SECONDS = 15.0  # of waiting for the others before the log says so
 RESOLVE_SECONDS = 60.0  # the name of a host that is starting (Kubernetes) appears late
+_POLL_SECONDS = 0.02
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Launchers that start every process by themselves, and the variable that holds how many. SLURM also sets SLURM_NTASKS
 # in a batch script, which is one process, so the variable of the srun step decides.
@@ -45,12 +47,15 @@ def select_device() -> torch.device:
     return torch.device("cuda", index)
 
 
-def join_processes(device: torch.device, timeout_seconds: float) -> dist.Store:
-    """Join the launcher's processes, or make a group of one; return the store that the processes share.
+def join_processes(device: torch.device, timeout_seconds: float) -> tuple[dist.Store, bool]:
+    """Join the launcher's processes, or make a group of one.
 
     Args:
         device: this process's device: NCCL and gloo with a GPU, gloo on the CPU.
         timeout_seconds: ``TRAIN.DIST_TIMEOUT``.
+
+    Returns:
+        (store that the processes share, whether the launcher has started them before)
 
     Raises:
         RunError: the environment does not describe the processes, or they do not meet.
@@ -59,13 +64,11 @@ def join_processes(device: torch.device, timeout_seconds: float) -> dist.Store:
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if rank is None:
-        store: dist.Store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        return store
-    # torchrun keeps its store across --max-restarts, with the addresses of the dead attempt in it: each attempt gets
-    # keys of its own.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt_{attempt}", _meet(rank, world_size, timeout))
+        alone = dist.HashStore()
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+        return alone, False
+    meeting, attempt = _meet(rank, world_size, timeout)
+    store = dist.PrefixStore(f"attempt_{attempt}", meeting)
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
@@ -73,7 +76,7 @@ def join_processes(device: torch.device, timeout_seconds: float) -> dist.Store:
             f"rank {rank} cannot connect to the other processes: {one_line(error)}; on a machine with several network "
             "interfaces, name the one to use with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         ) from error
-    return store
+    return store, attempt > 1 or environment_integer("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def _layout() -> tuple[int | None, int]:
@@ -110,18 +113,19 @@ def _other_launcher() -> tuple[str, int]:
     return "", 1
 
 
-def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Return the store at ``MASTER_ADDR:MASTER_PORT`` when all processes have come to it.
+def _meet(rank: int, world_size: int, timeout: timedelta) -> tuple[dist.Store, int]:
+    """Return the store at ``MASTER_ADDR:MASTER_PORT``, and which start this is of those that it has seen.
 
     PyTorch waits in compiled code, where a signal is not heard: it does so in a thread, and this one can be stopped.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _wait_for_name(host, port, min(RESOLVE_SECONDS, timeout.total_seconds()))
-    outcome: list[dist.Store | Exception] = []
+    outcome: list[tuple[dist.Store, int] | Exception] = []
 
     def wait() -> None:
         try:
-            outcome.append(next(rendezvous("env://", rank, world_size, timeout=timeout))[0])
+            store = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
+            outcome.append((store, _agree_on_attempt(store, rank, world_size, timeout)))
         except Exception as error:
             outcome.append(error)
 
@@ -145,6 +149,36 @@ def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
             f"MASTER_PORT): {one_line(result)}; is every process started, and the port free (torchrun --master_port)?"
         ) from result
     return result
+
+
+def _agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> int:
+    """Return the number of this start of the processes, the same in all of them; the first is 1.
+
+    torchrun keeps its store over restarts, with what earlier processes left in it, such as their addresses. Its count
+    of restarts tells the starts apart on one host only: a host that joins again begins at 0, the others do not. So
+    rank 0 counts, and answers each process under a word that this process has made up and that no earlier one knew.
+
+    Raises:
+        RuntimeError: a process did not come in time, or two have the same rank.
+    """
+    if rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"word_of_{rank}", word)
+        attempt = int(store.get(f"attempt_of_{word}"))
+        if store.add(f"came_to_{attempt}/{rank}", 1) > 1:
+            raise RuntimeError(f"another process has RANK {rank} too")
+        return attempt
+    attempt, missing = store.add("attempts", 1), set(range(1, world_size))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank(s) {', '.join(map(str, sorted(missing)))} did not come")
+        for other in sorted(missing):
+            if store.check([f"word_of_{other}"]):
+                store.set(f"attempt_of_{store.get(f'word_of_{other}').decode()}", str(attempt))
+        time.sleep(_POLL_SECONDS)
+        missing = {other for other in missing if not store.check([f"came_to_{attempt}/{other}"])}
+    return attempt
 
 
 def _wait_for_name(host: str, port: int, seconds: float) -> None:

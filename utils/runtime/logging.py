@@ -50,6 +50,7 @@ def add_log_file(output_dir: Path, rank: int) -> None:
     root, path = logging.getLogger(), output_dir / f"log_rank{rank}.txt"
     file: logging.Handler = logging.NullHandler()
     with side_file(path):
+        output_dir.mkdir(parents=True, exist_ok=True)  # rank 0 has made the one of its host
         file = logging.FileHandler(path, mode="a", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", _DATE))
     for early in [handler for handler in root.handlers if type(handler) is MemoryHandler]:

@@ -47,18 +47,20 @@ class StopRequest:
         save_minutes: minutes from one save to the next; 0 for no saves by the clock.
 
     Attributes:
+        started: when the run began, by ``time.monotonic``.
         agreed: why the run is to stop, as of the last ``poll``, or ''.
         exit_code: what the run's process ends with, as of the last ``poll``.
         save_due: whether a save is due, as of the last ``poll``.
+        failed: whether a process passed ``failed`` to the last ``poll``.
     """
 
     def __init__(self, max_minutes: float = 0.0, save_minutes: float = 0.0) -> None:
         self._code = 0
         self._training = False
         self._save_seconds = 60.0 * save_minutes
-        self._last_save = time.monotonic()
-        self.save_due = False
-        self._deadline = time.monotonic() + 60.0 * max_minutes if max_minutes > 0 else None
+        self.started = self._last_save = time.monotonic()
+        self.save_due = self.failed = False
+        self._deadline = self.started + 60.0 * max_minutes if max_minutes > 0 else None
         self._previous: dict[int, Any] = {}
         self.agreed = ""
         self.exit_code = 0
@@ -89,17 +91,22 @@ class StopRequest:
             _say(number)
         self._code = max(self._code, number)
 
-    def poll(self) -> str:
-        """Return why the run is to stop, or ''. Collective: every process calls it and gets the same answer."""
+    def poll(self, *, failed: bool = False) -> str:
+        """Return why the run is to stop, or ''. Collective: every process calls it and gets the same answer.
+
+        Args:
+            failed: what this process does beside the training has failed; the others learn of it by ``self.failed``.
+        """
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:
             self._code = _TIME_LIMIT
         code, save_due = self._code, self._save_seconds > 0 and now - self._last_save >= self._save_seconds
         if is_distributed() and dist.get_world_size() > 1:
-            flags = torch.tensor([code, save_due], dtype=torch.int32)  # on the CPU (gloo): a GPU is not synchronised
+            # on the CPU (gloo): a GPU is not synchronised
+            flags = torch.tensor([code, save_due, failed], dtype=torch.int32)
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            code, save_due = flags.tolist()
-        self.save_due = bool(save_due)
+            code, save_due, failed = flags.tolist()
+        self.save_due, self.failed = bool(save_due), bool(failed)
         if code == _TIME_LIMIT:
             self.agreed, self.exit_code = "TRAIN.MAX_RUN_MINUTES reached", 0
         elif code:

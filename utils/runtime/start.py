@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,8 +23,9 @@ from yacs.config import CfgNode
 
 from utils.config import config_notices, dump_config, recipe_deviations, run_folder
 from utils.errors import RunError
+from utils.runtime.agreement import SAME_START, machine_facts, require_agreement, start_facts
 from utils.runtime.distributed import get_rank, get_world_size, is_distributed, on_main_process
-from utils.runtime.failures import error_text, is_user_error, log_failure, settle, tell_of_signal
+from utils.runtime.failures import error_text, is_user_error, log_failure, phase, settle, tell_of_signal
 from utils.runtime.files import UNSUPPORTED, side_file, try_folder, warn_once, write_text_atomic
 from utils.runtime.hardware import crowding_advice, describe_cpu
 from utils.runtime.launch import join_processes, select_device
@@ -41,13 +43,15 @@ class Run:
     Attributes:
         device: this process's device.
         rank, world_size: its place among the processes.
-        output_dir: ``OUTPUT/MODEL.NAME/TAG``; exists.
+        output_dir: ``OUTPUT/MODEL.NAME/TAG``; exists where rank 0 is. Other hosts may see another folder of that name.
+        restarted: the launcher has started the run before (``torchrun --max-restarts``), as far as this process knows.
     """
 
     device: torch.device
     rank: int
     world_size: int
     output_dir: Path
+    restarted: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -93,8 +97,9 @@ class Run:
 def start_run(config: CfgNode, *, training: bool = True) -> Iterator[Run]:
     """Open a run and close it again, whatever happens inside.
 
-    Console -> device -> process group -> seeds -> output folder and its lock -> log file -> ``status.json``. A process
-    group always exists: NCCL and gloo with a GPU, gloo on the CPU, one process without a launcher.
+    Console -> device -> process group -> agreement of the processes -> seeds -> output folder and its lock -> log file
+    -> ``status.json``. A process group always exists: NCCL and gloo with a GPU, gloo on the CPU, one process without a
+    launcher.
 
     Args:
         config: frozen config.
@@ -107,19 +112,23 @@ def start_run(config: CfgNode, *, training: bool = True) -> Iterator[Run]:
     opened = lock = store = None
     setup_logging(0 if os.environ.get("RANK", "0") == "0" else 1)
     try:
-        device = select_device()
-        store = join_processes(device, config.TRAIN.DIST_TIMEOUT)
-        setup_logging(get_rank())
-        seed_process(config.SEED + get_rank())
-        torch.backends.cudnn.benchmark = device.type == "cuda"
-        run = Run(device, get_rank(), get_world_size(), run_folder(config))
-        lock = _prepare_folder(run, training)
-        add_log_file(run.output_dir, run.rank)
-        opened = run if training else None  # from here on, its status.json is ours to write
-        _log_start(config, run)
-        if training:
-            _log_deviations(config)
-            run.write_status("running")
+        with phase("starting"):
+            device = select_device()
+            store, restarted = join_processes(device, config.TRAIN.DIST_TIMEOUT)
+            setup_logging(get_rank())
+            require_agreement(
+                partial(start_facts, config, device), remedy=SAME_START, advisory=partial(machine_facts, device)
+            )
+            seed_process(config.SEED + get_rank())
+            torch.backends.cudnn.benchmark = device.type == "cuda"
+            run = Run(device, get_rank(), get_world_size(), run_folder(config), restarted)
+            lock = _prepare_folder(run, training)
+            add_log_file(run.output_dir, run.rank)
+            opened = run if training else None  # from here on, its status.json is ours to write
+            _log_start(config, run)
+            if training:
+                _log_deviations(config)
+                run.write_status("running")
         yield run
     except BaseException as error:
         _end(settle(error, store), opened, store)

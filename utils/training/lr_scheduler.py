@@ -38,20 +38,20 @@ def scaled_learning_rates(config: CfgNode, world_size: int) -> LearningRates:
     return LearningRates(train.BASE_LR * factor, train.WARMUP_LR * factor, train.MIN_LR * factor)
 
 
-def build_scheduler(config: CfgNode, optimizer: Optimizer, lrs: LearningRates, updates_per_epoch: int) -> Scheduler:
+def build_scheduler(config: CfgNode, optimizer: Optimizer, lrs: LearningRates, updates_per_epoch: float) -> Scheduler:
     """Build the schedule of ``TRAIN.LR_SCHEDULER``; it moves with every update (timm, ``t_in_epochs=False``).
 
     After update k (counted from 0) the caller calls ``step_update(k)``. Update k therefore runs at the rate set after
     update k-1, and update 0 at the warm-up rate, as published. Without ``WARMUP_PREFIX`` the cosine counts from update
     0, so that the rate drops a little where warm-up ends (the published behaviour); with it the decay starts at the end
-    of warm-up.
+    of warm-up. ``updates_per_epoch`` is not a whole number where ``TRAIN.UPDATES`` stretches the schedule.
 
     Raises:
         ValueError: the schedule's name is unknown.
     """
     options = config.TRAIN.LR_SCHEDULER
-    total = config.TRAIN.EPOCHS * updates_per_epoch
-    warmup = config.TRAIN.WARMUP_EPOCHS * updates_per_epoch
+    total = round(config.TRAIN.EPOCHS * updates_per_epoch)
+    warmup = min(round(config.TRAIN.WARMUP_EPOCHS * updates_per_epoch), total - 1)
     common = {"warmup_t": warmup, "warmup_lr_init": lrs.warmup if warmup else lrs.base, "t_in_epochs": False}
     prefix = options.WARMUP_PREFIX
     name = options.NAME.lower()
@@ -77,7 +77,7 @@ def build_scheduler(config: CfgNode, optimizer: Optimizer, lrs: LearningRates, u
     if name == "step":
         return StepLRScheduler(
             optimizer,
-            decay_t=options.DECAY_EPOCHS * updates_per_epoch,
+            decay_t=max(1, round(options.DECAY_EPOCHS * updates_per_epoch)),
             decay_rate=options.DECAY_RATE,
             warmup_prefix=prefix,
             **common,

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from yacs.config import CfgNode
 
 from utils.config import input_shape
 from utils.errors import RunError, one_line
-from utils.runtime import random_state, set_random_state
+from utils.runtime import get_world_size, random_state, set_random_state
 from utils.training.batchnorm import BufferBackup, batchnorm_buffers
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,14 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS_PER_BLOCK = 64
 
 
-def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool = False) -> DistributedDataParallel:
+def wrap_for_training(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    sync_bn: bool = False,
+    grad_compression: str = "none",
+    group: dist.ProcessGroup | None = None,
+) -> DistributedDataParallel:
     """Wrap ``model`` (on ``device``) for training on all processes; parameters become those of rank 0.
 
     Every process keeps its own BatchNorm statistics: they are averaged where they are used, for evaluation and saving
@@ -40,6 +49,9 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
         model: the bare model; with ``sync_bn`` its BatchNorms are replaced in place.
         device: this process's device.
         sync_bn: normalise by the statistics of all processes' batches (``TRAIN.SYNC_BN``).
+        grad_compression: ``bf16`` sends and adds the gradients of several processes in that format
+            (``TRAIN.GRAD_COMPRESSION``); the optimizer still gets float32.
+        group: the processes; None for all.
 
     Raises:
         ValueError: ``sync_bn`` on the CPU.
@@ -47,16 +59,23 @@ def wrap_for_training(model: nn.Module, device: torch.device, *, sync_bn: bool =
     if sync_bn and device.type == "cpu":
         raise ValueError("TRAIN.SYNC_BN is True, but PyTorch synchronises BatchNorm on GPUs only; switch it off")
     if sync_bn:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
     # Feature maps are in channels_last order, so the gradients of convolutions are too: weights in the same order let
     # DDP reduce them in place.
     convert_conv2d_weight_memory_format(model, torch.channels_last)
     # The switch was renamed: newer releases warn about the old name, older ones do not know the new one.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     unsynced = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    return DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **unsynced
+    ddp_model = DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        process_group=group,
+        gradient_as_bucket_view=True,
+        **unsynced,
     )
+    if grad_compression == "bf16" and get_world_size() > 1:
+        ddp_model.register_comm_hook(group, bf16_compress_hook)
+    return ddp_model
 
 
 def check_compiler(config: CfgNode, device: torch.device) -> None:

@@ -3,30 +3,49 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from utils.config import IMAGENET_MEAN, IMAGENET_STD
 from utils.runtime import printable
 
 SHOWN = 32  # images
 _COLUMNS, _CELL, _GAP, _LINE = 8, 128, 8, 15  # images in a row, then pixels
 
 
-def draw_batch(images: Tensor, targets: Tensor, classes: Sequence[str], *, smoothing: float = 0.0) -> Image.Image:
+def shown_channels(pixels: np.ndarray) -> np.ndarray:
+    """Return the red, green and blue (H, W, 3) by which to show an image of any channels, (H, W) or (H, W, C).
+
+    One or two channels, of which the second may be alpha, are shown in grey; of four and more, the first three are.
+    """
+    pixels = np.atleast_3d(pixels)
+    return np.repeat(pixels[:, :, :1], 3, axis=2) if pixels.shape[2] < 3 else pixels[:, :, :3]
+
+
+def draw_batch(
+    images: Tensor,
+    targets: Tensor,
+    classes: Sequence[str],
+    *,
+    smoothing: float = 0.0,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Image.Image:
     """Return a sheet of the first ``SHOWN`` images with their class names, and their shares where classes are mixed.
 
     Args:
-        images: (B, 3, S, S), normalised.
+        images: (B, C, H, W), normalised.
         targets: int64 labels (B,), or class distributions (B, num_classes).
         classes: class names.
         smoothing: label smoothing that the distributions contain; the shares are shown without it.
+        mean, std: of each channel, by which the images are normalised.
     """
     import matplotlib  # for its font, which has the letters of most languages
 
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 11)
-    pixels, labels = _pixels(images[:SHOWN]), _labels(targets[:SHOWN].cpu(), classes, smoothing)
+    pixels, labels = _pixels(images[:SHOWN], mean, std), _labels(targets[:SHOWN].cpu(), classes, smoothing)
     rows, columns = -(-len(pixels) // _COLUMNS), min(_COLUMNS, len(pixels))
     height = _CELL + _GAP + _LINE * max(map(len, labels))
     sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, rows * height + _GAP), "white")
@@ -42,11 +61,11 @@ def draw_batch(images: Tensor, targets: Tensor, classes: Sequence[str], *, smoot
     return sheet
 
 
-def _pixels(images: Tensor) -> list[Image.Image]:
+def _pixels(images: Tensor, *normalisation: Sequence[float]) -> list[Image.Image]:
     """Return normalised images as pictures."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalisation)
     bytes_ = (images.detach().float().cpu() * std + mean).clamp(0, 1).mul(255).round().byte()
-    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in bytes_]
+    return [Image.fromarray(shown_channels(picture.permute(1, 2, 0).numpy()).copy()) for picture in bytes_]
 
 
 def _labels(targets: Tensor, classes: Sequence[str], smoothing: float) -> list[list[tuple[str, str]]]:

@@ -59,11 +59,11 @@ class Watcher:
         for name, value in numbers.items():
             self._write(lambda writer, name=name, value=value: writer.add_scalar(f"{part}/{name}", value, step))
 
-    def batch(self, images: Tensor, targets: Tensor, classes: Sequence[str], *, smoothing: float, step: int) -> None:
+    def batch(self, images: Tensor, targets: Tensor, classes: Sequence[str], *, step: int, **look: Any) -> None:
         """Draw a batch, ready for the network, into ``batch.png``; see ``draw_batch``."""
         self.picture_due = False
         try:
-            sheet = draw_batch(images, targets, classes, smoothing=smoothing)
+            sheet = draw_batch(images, targets, classes, **look)
             with atomic_file(self._folder / "batch.png") as temporary:
                 sheet.save(temporary, format="PNG", compress_level=1)
         except Exception as error:
