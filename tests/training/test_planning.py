@@ -36,11 +36,6 @@ UNMIXED = {"AUG__MIXUP": 0.0, "AUG__CUTMIX": 0.0}
 MEASURED = Costs(update=300.0, data_wait=0.0, epoch=0.0, evaluation=0.0, save=0.0)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[Costs]:
     """Rehearse as ever, but plan with MEASURED; return a list of what was really measured."""
