@@ -21,8 +21,10 @@ from data.sources import ranges
 from data.sources.base import FolderSource
 from tests.builders import data_config
 from tests.images import picture, write_splits
+from tests.tiny_run import TinyRun
 from tools import check_data as check_tool
 from tools import pack
+from utils.checkpoint.files import load_checkpoint
 from utils.errors import ImageReadError, RunError
 
 MEGABYTE = 1_000_000
@@ -232,6 +234,25 @@ def test_processes_read_at_the_same_time(packed, monkeypatch):
     monkeypatch.setattr(ranges, "_KEPT_FILES", 1)
     found, again = in_processes(ShardSource(packed / "shards" / "train", as_array=True))
     assert found == [again] * 3 == [expected] * 3
+
+
+def result_of(folder):
+    """Return weights and losses of a finished run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return load_checkpoint(folder / "checkpoint_last.pth")["model"], [
+        (row["step"], row["train_loss"], row["val_loss"], row["grad_norm"]) for row in rows
+    ]
+
+
+def test_a_run_goes_on_from_the_shards_of_its_folder_to_the_same_bits(tmp_path):
+    run = TinyRun(tmp_path)
+    assert pack_all(run.data, tmp_path / "shards") == 0
+    first = run.train("--opts", "SAVE_FREQ", 1, tag="folder")
+    words = ["--resume", first / "ckpt_epoch_1.pth", "--allow-change", "DATA.DATASET"]
+    second = run.train("--dataset", "shards", "--data-path", tmp_path / "shards", *words, tag="shards")
+    (weights, losses), (found, rows) = result_of(first), result_of(second)
+    assert rows == losses[1:]
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 # --- damage ---

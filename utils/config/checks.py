@@ -235,6 +235,12 @@ def _check_files(config: CfgNode) -> Iterator[Problem]:
             "MODEL.RESUME (--resume) continues a run, MODEL.PRETRAINED (--pretrained) starts one from other weights; "
             "give one of them",
         )
+    if config.DATA.CLASS_ORDER == "file" and "://" in config.DATA.DATA_PATH:
+        yield Problem(
+            ("DATA.CLASS_ORDER", "DATA.DATA_PATH"),
+            "DATA.CLASS_ORDER file reads classes.txt from a folder, but DATA.DATA_PATH is an address; take text or "
+            "numeric",
+        )
     if config.DATA.ZIP_MODE and config.DATA.DATASET not in FOLDER_DATASETS:
         yield Problem(
             ("DATA.ZIP_MODE", "DATA.DATASET"),
