@@ -124,7 +124,8 @@ class Team:
         context = mp.get_context("spawn")
         for rank in range(world):
             own, theirs = context.Pipe()
-            words = (rank, world, f"file://{self._folder.name}/store", dump_config(config), device.type, threads, theirs)
+            place = f"file://{self._folder.name}/store"
+            words = (rank, world, place, dump_config(config), device.type, threads, theirs)
             process = context.Process(target=_work, args=words, daemon=True)
             process.start()
             theirs.close()
