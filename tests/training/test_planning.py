@@ -200,6 +200,7 @@ def test_as_many_updates_as_fit_with_their_evaluations_and_saves() -> None:
         updates_within(5.0, costs, config, 10)
 
 
+@pytest.mark.faults
 def test_the_schedule_is_stretched_to_the_updates(tiny: TinyRun) -> None:
     """20 updates of a recipe of 4 epochs, 1 of warm-up, in epochs of 6: warm-up of 5, the minimum at the end."""
     words = ("TRAIN.UPDATES", 20, "TRAIN.WARMUP_EPOCHS", 1, "TRAIN.SAVE_STEPS", 1, "TRAIN.SAVE_KEEP", 50)
