@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import inference
 import main_eval
 from inference import load_predictor, open_checkpoint
 from tests.images import picture, write_splits
@@ -129,3 +130,11 @@ def test_timm_models_are_opened_alike(tmp_path):
     run.data = write_splits(tmp_path / "timm", train=8, val=1)
     folder = run.train("--epochs", 1, "--opts", "MODEL.TYPE=timm", "MODEL.TIMM_NAME=test_resnet")
     assert len(load_predictor(folder / "checkpoint_last.pth")(picture(1))[0].names) == 3
+
+
+def test_workers_of_a_larger_machine_are_not_taken(checkpoint, monkeypatch):
+    stored = inference.stored_config(checkpoint).replace("NUM_WORKERS: 0", "NUM_WORKERS: 1000")
+    assert inference.checkpoint_config(checkpoint).DATA.NUM_WORKERS == 0
+    monkeypatch.setattr(inference, "stored_config", lambda _source: stored)
+    assert inference.checkpoint_config(checkpoint).DATA.NUM_WORKERS == -1
+    assert inference.checkpoint_config(checkpoint, opts=["DATA.NUM_WORKERS=99"]).DATA.NUM_WORKERS == 99

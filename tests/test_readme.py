@@ -60,3 +60,10 @@ def test_code_runs(code: str, tmp_path: Path) -> None:
     names = runpy.run_path(str(tmp_path / "snippet.py"))
     assert tuple(names["logits"].shape) == (2, 10)
     assert tuple(names["features"].shape) == (2, 640, 8, 8)
+
+
+def test_the_pyramid_of_the_documentation_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (code,) = [code for code in blocks(ROOT / "docs/USE.md", "python") if "FeaturePyramidNetwork" in code]
+    (tmp_path / "snippet.py").write_text(code.replace("224", "64"))
+    runpy.run_path(str(tmp_path / "snippet.py"))
+    assert "'32': (1, 256, 2, 2)" in capsys.readouterr().out

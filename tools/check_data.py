@@ -63,12 +63,13 @@ def inspect(source: FileSource | ShardSource, index: int) -> Finding | None:
     return Finding(source.name(index), complaint, bad=False) if complaint else None
 
 
-def scan(source: FileSource | ShardSource, *, workers: int) -> list[Finding]:
-    """Inspect the images of a source in ``workers`` processes; return the findings in their order."""
-    count = len(source.targets)
+def scan(source: FileSource | ShardSource, *, workers: int, indices: Sequence[int] | None = None) -> list[Finding]:
+    """Inspect images of a source (None: all) in ``workers`` processes; return the findings in their order."""
+    indices = range(len(source.targets)) if indices is None else indices
+    count = len(indices)
     with ProcessPoolExecutor(workers, initializer=_begin, initargs=(source,)) as pool:
         chunk = max(1, min(_CHUNK, count // (4 * workers)))
-        results = pool.map(_inspect, range(count), chunksize=chunk)
+        results = pool.map(_inspect, indices, chunksize=chunk)
         findings = []
         with tqdm(results, total=count, desc="checking", unit="img", disable=None) as progress:
             for finding in progress:

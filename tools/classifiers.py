@@ -5,7 +5,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
+
+from tools.common import progress
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -37,7 +38,7 @@ def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int)
         kept = np.setdiff1d(np.arange(len(labels)), out)
         fit = LogisticRegression(max_iter=1000, warm_start=True)
         scores = []
-        for value in tqdm(C_VALUES, "choosing C", leave=False, disable=None):
+        for value in progress(C_VALUES, desc="choosing C", unit="value"):
             fit.set_params(C=value).fit(train[kept], labels[kept])
             scores.append(fit.score(train[out], labels[out]))
         chosen = float(C_VALUES[int(np.argmax(scores))])  # the smallest of those that are best

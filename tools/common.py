@@ -99,18 +99,20 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise OSError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 
 
-def make_folder(folder: Path) -> Path:
-    """Make an output folder and try to write to it, before any work is done; return it.
+def make_folder(folder: Path, flag: str = "--output") -> Path:
+    """Make the folder that ``flag`` names and try to write to it, before any work is done; return it.
 
     Raises:
         OSError: it cannot be made or written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"{folder} is a file; name a folder with {flag}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot make {folder}: {error.strerror or error}; name another with --output") from error
+        raise OSError(f"cannot make {folder}: {error.strerror or error}; name another with {flag}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OSError(f"cannot write to {folder}; name another folder with --output")
+        raise OSError(f"cannot write to {folder}; name another folder with {flag}")
     return folder
 
 
@@ -142,4 +144,6 @@ def output_path(text: str) -> Path:
     path = expanded_path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder of {path} does not exist; make it first")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {path}; name another file")
     return path

@@ -22,14 +22,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as a file, Python looks in tools/ only
 
 import torch
-from timm.models import push_to_hf_hub
+from huggingface_hub import HfApi
 
 from data import build_val_loader
 from inference import Opened, evaluate_opened
 from models import StripMLPNet, inference_form, to_published
 from tools.common import checkpoint_parser, make_folder, open_from, progress, run_tool, working
 from tools.graphs import WRITERS, write_graph
-from tools.model_folder import model_card, timm_form, write_folder
+from tools.model_folder import FILES, write_folder
 from utils.errors import RunError
 from utils.runtime import atomic_file
 from utils.training import metrics_rows
@@ -80,6 +80,26 @@ def measured_accuracy(opened: Opened) -> dict[str, Any]:
     return {**asdict(result), "split_sha256": digest.hexdigest()}
 
 
+def push(folder: Path, repository: str) -> None:
+    """Upload the files of ``write_folder`` to a repository of the hub; a card that is there already stays.
+
+    Raises:
+        RunError: the hub cannot be reached, or does not take them.
+    """
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, exist_ok=True)
+        kept = ["README.md"] if hub.file_exists(repository, "README.md") else []
+        files = {"folder_path": folder, "allow_patterns": FILES, "ignore_patterns": kept}
+        with working("uploading"):
+            hub.upload_folder(repo_id=repository, commit_message="Add model", **files)
+    except Exception as error:  # of the network, of the hub, of a login: the client has dozens of kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunError(
+            f"cannot upload to {repository}: {lines[0]}; check network and name, or log in with `hf auth login`"
+        ) from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = checkpoint_parser(__doc__)
@@ -105,8 +125,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     export(opened, args.format, target, accuracy=accuracy)
     print(f"written to {target}")
     if args.push:
-        model, options = timm_form(opened)
-        push_to_hf_hub(model, args.push, model_card=model_card(opened, accuracy), safe_serialization=True, **options)
+        push(target, args.push)
         print(f"uploaded to {args.push}")
     return 0
 

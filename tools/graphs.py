@@ -1,6 +1,7 @@
 """Exported graphs: the forward pass of a model with a dynamic batch, in a file, compared with PyTorch."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +25,6 @@ def write_graph(model: nn.Module, opened: Opened, kind: str, target: Path) -> No
             raise RunError(f"--format onnx needs the package {package}; see requirements-extra.txt")
     if kind == "aoti" and opened.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise RunError("--format aoti compiles C++ and finds no compiler; install g++, or choose torch-export")
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # a file holds whole storages, and folded constants may be parts of one
     images = torch.randn(2, *input_shape(opened.config), device=opened.device)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -46,7 +45,8 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[[T
 
 def write_program(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
     """Write a program of ``torch.export``; return what runs it."""
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor found")  # a folded constant in channels-last order
         torch.export.save(program, file)
     with open(path, "rb") as file:
         return torch.export.load(file).module()

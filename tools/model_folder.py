@@ -17,6 +17,8 @@ from utils.checkpoint import FORMAT_VERSION, METADATA_KEY
 from utils.config import dump_config, input_shape, recipe_deviations
 from utils.runtime import atomic_file
 
+FILES = ["model.safetensors", "config.json", "README.md"]
+
 
 def description(opened: Opened, accuracy: dict[str, Any] | None) -> dict[str, Any]:
     """Return what a file says about itself, as plain types: a checkpoint's entries, and how it was trained."""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from torch import nn
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
@@ -29,7 +29,7 @@ from data import ImageLoader, build_batch_transform, build_val_loader, expanded_
 from inference import checkpoint_config, load_model
 from models import inference_form
 from tools.classifiers import draw, knn, logistic
-from tools.common import checkpoint_parser, run_tool, whole_number
+from tools.common import checkpoint_parser, make_folder, progress, run_tool, whole_number
 from utils.checkpoint import preprocessing, resolve_source, sha256
 from utils.runtime import atomic_file, select_device
 
@@ -53,9 +53,7 @@ def build_features(config: CfgNode, weights: str | None, device: torch.device) -
 def extract(model: nn.Module, loader: ImageLoader, config: CfgNode, device: torch.device) -> np.ndarray:
     """Return the pooled features of all images, float32 (N, D)."""
     transform = build_batch_transform(config, is_train=False, device=device)
-    found = [
-        model(transform(*batch)[0]).float().cpu() for batch in tqdm(loader, "features", unit="batch", disable=None)
-    ]
+    found = [model(transform(*batch)[0]).float().cpu() for batch in progress(loader, desc="features", unit="batch")]
     features = torch.cat(found).numpy()
     if features.ndim != 2:
         raise ValueError(f"the features of {config.MODEL.NAME} have shape {features.shape}; it does not pool them")
@@ -82,7 +80,6 @@ def all_features(config: CfgNode, folder: Path, weights: str | None, device: tor
         file = cache_file(folder, config, weights, loader)
         if not file.is_file():
             model = model or build_features(config, weights, device)
-            folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as temporary, open(temporary, "wb") as stream:
                 np.save(stream, extract(model, loader, config, device))
         loader.close()
@@ -123,10 +120,13 @@ def command(argv: Sequence[str] | None = None) -> int:
     data = {"DATA.DATA_PATH": args.data_path, **({"DATA.DATASET": args.dataset} if args.dataset else {})}
     config = checkpoint_config(args.checkpoint, args.cfg, opts=args.opts, overrides=data)
     device = torch.device(args.device) if args.device else select_device()
-    train, test = all_features(config, args.cache, args.weights, device)
+    train, test = all_features(config, make_folder(args.cache, "--cache"), args.weights, device)
     if train.classes != test.classes:
         only = sorted(set(test.classes) - set(train.classes))[:5]
         raise ValueError(f"validation has classes that training lacks: {only}")
+    if len(train.classes) < 2:
+        raise ValueError(f"{args.data_path} has a single class, {train.classes[0]!r}: there is nothing to tell apart")
+    warnings.filterwarnings("ignore", message="The number of unique classes is greater")  # few images of each
     print(
         f"{args.checkpoint}: {train.values.shape[1]} features, {len(train.classes)} classes; fitted on training images"
     )

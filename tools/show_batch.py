@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as a file, Python looks in tools/ only
@@ -19,10 +20,9 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from data import build_batch_transform, build_train_loader, check_transform
-from tools.common import output_path, run_tool
+from tools.common import output_path, run_tool, write_bytes
 from utils.checkpoint import stored_config
 from utils.config import load_config, load_stored_config, normalisation
-from utils.runtime import atomic_file
 from utils.training import draw_batch
 
 
@@ -35,7 +35,8 @@ def first_batch(config: CfgNode, epoch: int) -> Image.Image:
         if len(classes) > count:
             raise ValueError(f"the data have {len(classes)} classes, MODEL.NUM_CLASSES is {count}")
         if loader.sampler.batches_per_epoch == 0:
-            raise ValueError(f"{len(loader.dataset)} images do not fill one batch of {config.DATA.BATCH_SIZE}")
+            count, batch = len(loader.dataset), config.DATA.BATCH_SIZE
+            raise ValueError(f"{count} image(s) do not fill a batch of {batch}; set DATA.BATCH_SIZE with --opts")
         accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
         updates = -(-loader.sampler.batches_per_epoch // accumulation)
         loader.sampler.set_progress(epoch - 1)
@@ -73,8 +74,9 @@ def command(argv: Sequence[str] | None = None) -> int:
         overrides |= {"MODEL.RESUME": args.source, "TRAIN.DISTILL.KIND": "none"}  # the picture needs no teacher
         config = load_stored_config(stored_config(args.source), args.source, args.opts, overrides)[0]
     picture = first_batch(config, args.epoch)
-    with atomic_file(args.output) as temporary:
-        picture.save(temporary, format="PNG")
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG")
+    write_bytes(args.output, buffer.getvalue())
     print(f"written to {args.output}")
     return 0
 

@@ -55,8 +55,10 @@ def chosen_images(opened: Opened, folder: Path | None, count: int) -> list[tuple
     """Return at most ``count`` prepared images of a folder, or of the validation set, spread over it, for ``batches``.
 
     Raises:
-        ValueError: the folder has no images.
+        ValueError: there is no such folder, or no image in it.
     """
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--images {folder} is not a folder")
     if folder is None:
         dataset = build_dataset(opened.config, is_train=False)
         return [dataset[index] for index in spread(range(len(dataset)), count)]

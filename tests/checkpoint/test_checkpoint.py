@@ -328,6 +328,7 @@ def test_going_on_sets_nothing_aside(store, caplog, monkeypatch):
     store.set_aside_beyond(0)
     for step in (10, 20):
         store.save(payload_at(step))
+    caplog.clear()  # of the saves
     before = names(store)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a file was opened"))
     store.set_aside_beyond(20)

@@ -100,6 +100,26 @@ def test_interrupted_distillation_ends_in_the_same_bits(starter, reference, tmp_
 
 
 @SLOW
+@pytest.mark.parametrize(
+    ("backend", "opts"),
+    (
+        ("eager", ("TRAIN.ACCUMULATION_STEPS=2",)),
+        ("aot_eager", ("TRAIN.USE_CHECKPOINT=True",)),
+        ("eager", ("MODEL.TYPE=timm", "MODEL.TIMM_NAME=test_convnext")),
+    ),
+)
+def test_compiled_processes_resume_with_the_same_bits(starter, tmp_path, backend, opts):
+    """Two processes with compiled blocks, in bfloat16 with averaged weights, continued mid-epoch: same state."""
+    words = ("--compile", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.SAVE_STEPS=1", "TRAIN.SAVE_KEEP=9", *opts)
+    run = {"out": tmp_path, "world": 2, "faults": [("compile_with", {"backend": backend})]}
+    whole = starter.run(*words, **run).assert_ok()
+    assert "compiled and warmed up" in whole.text()
+    again = starter.run(*words, "--tag", "again", "--resume", str(step_file(whole.folder, 2)), **run).assert_ok()
+    assert "resumed from" in again.text()
+    assert_same_state(again.folder / LAST, whole.folder / LAST)
+
+
+@SLOW
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_killed_run_ends_in_the_same_bits(starter, reference, tmp_path, world):
     """SIGKILL mid-epoch with SAVE_STEPS, relaunched: same state as uninterrupted, survivors ended."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from models import gpu_path
 from models.blocks import StripMLPLayer
@@ -62,6 +63,16 @@ def test_gradients_in_compiled_and_eager_code(lean: bool, monkeypatch: pytest.Mo
         results.append([p.grad for p in model.parameters()])
     for gradients in results[1:]:
         torch.testing.assert_close(gradients, results[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("lean", (False, True))
+def test_gradients_have_the_strides_of_their_weights(lean: bool) -> None:
+    """So that they need not be copied before they are reduced."""
+    model = accelerate(tiny_network(), "cuda", lean=lean)
+    convert_conv2d_weight_memory_format(model, torch.channels_last)  # as the distributed wrapper does
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    other = [name for name, p in model.named_parameters() if p.grad.stride() != p.stride()]
+    assert not other
 
 
 def test_only_the_forms_of_the_device_are_attached() -> None:

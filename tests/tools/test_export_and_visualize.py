@@ -1,17 +1,21 @@
 """A model leaves as files that others read, and can be looked at."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from inference import open_checkpoint
 from models import from_published
 from tests.builders import tiny_network
 from tests.tiny_run import TinyRun
-from tools import export, graphs, receptive_field, visualize
+from tools import export, graphs, model_folder, receptive_field, visualize
+from tools.common import run_tool
 from utils.checkpoint import load_weights
 
 
@@ -34,6 +38,54 @@ def test_a_folder_is_read_by_us_and_by_timm(run: TinyRun, tmp_path: Path) -> Non
     assert after.preprocessing == before.preprocessing
     assert after.metadata["accuracy"]["num_samples"] == 9
     assert (folder / "README.md").is_file()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["pretrained_cfg"]["crop_pct"] == 1.0  # images of 32 pixels are not cropped
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+class FakeHub:
+    """Stands for the client of the hub, and keeps what is uploaded."""
+
+    def __init__(self, there: list[str]) -> None:
+        self.there = there
+        self.calls: list[tuple] = []
+
+    def create_repo(self, name: str, *, exist_ok: bool) -> None:
+        self.calls.append((name, exist_ok))
+
+    def file_exists(self, _repository: str, name: str) -> bool:
+        return name in self.there
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **patterns: object) -> None:
+        paths = filter_repo_objects(
+            [path.name for path in folder_path.iterdir()], **{k: v for k, v in patterns.items() if "pattern" in k}
+        )
+        self.calls.append((repo_id, sorted(paths)))
+
+
+@pytest.mark.parametrize("there", [[], ["README.md"]])
+def test_a_push_uploads_the_files_of_the_model_alone(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str]
+) -> None:
+    hub, words = FakeHub(there), [str(run.folder / "checkpoint_last.pth"), "--format", "hub", "--output", str(tmp_path)]
+    (tmp_path / "private.txt").write_text("not to be uploaded")
+    monkeypatch.setattr(export, "HfApi", lambda: hub)
+    assert export.command([*words, "--push", "me/mine"]) == 0
+    assert hub.calls == [("me/mine", True), ("me/mine", sorted({*model_folder.FILES} - {*there}))]
+
+
+def test_a_push_that_fails_is_one_line(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise LocalTokenNotFoundError("a token is needed;\nread this")
+
+    monkeypatch.setattr(export.HfApi, "create_repo", refused)
+    words = [str(run.folder / "checkpoint_last.pth"), "--format", "hub", "--output", str(tmp_path / "folder")]
+    assert run_tool(export.command, [*words, "--push", "me/mine"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "cannot upload to me/mine" in message
 
 
 def test_published_names_are_read_back(run: TinyRun, tmp_path: Path) -> None:
@@ -109,6 +161,17 @@ def test_figures_are_written(run: TinyRun, tmp_path: Path) -> None:
     words = [str(run.folder / "checkpoint_last.pth"), "--data-path", str(run.data), "--count", "2"]
     assert visualize.command([*words, "--show", "erf", "strips", "--output", str(tmp_path)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["erf.png", "position_tables.png", "strip_weights.png"]
+
+
+def test_two_checkpoints_are_compared(run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = run.folder / "checkpoint_last.pth"
+    words = [str(file), "--data-path", str(run.data), "--count", "1", "--show", "erf", "--output", str(tmp_path)]
+    assert run_tool(visualize.command, [*words, "--vs", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny, stage 1: " in shown
+    assert "default/checkpoint_last, stage 1: " in shown
+    assert run_tool(visualize.command, [*words, "--vs", "nothing_of_the_kind"]) == 2
+    assert "neither a file nor a model of timm" in capsys.readouterr().err
 
 
 def test_class_activation_maps_are_written(run: TinyRun, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from tests.images import picture, write_splits
 from tests.tiny_run import TinyRun
 from tests.tools.browser import CHROMIUM, Browser
-from tools import compare, predict, report, seeds
+from tools import common, compare, predict, probe, report, seeds, show_batch, visualize
 from tools.common import run_tool
 from tools.measures import calibration, paired_test, wilson_interval
 from tools.predictions import Predictions, read_predictions
@@ -111,7 +112,36 @@ def test_an_output_folder_that_cannot_be_made(run, tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     words = [str(run / "checkpoint_last.pth"), "--data-path", str(tiny.data), "--output", str(tmp_path / "file")]
     assert run_tool(report.command, words) == 2
-    assert "name another with --output" in capsys.readouterr().err
+    assert "name a folder with --output" in capsys.readouterr().err
+
+
+def test_output_is_refused_before_the_work(run, tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    checkpoint, data = str(run / "checkpoint_last.pth"), ["--data-path", str(tiny.data)]
+    words = [checkpoint, *data, "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        show_batch.command(words)
+    assert "name another file" in capsys.readouterr().err
+    assert run_tool(probe.command, [checkpoint, *data, "--cache", str(tmp_path / "file")]) == 2
+    assert "is a file; name a folder with --cache" in capsys.readouterr().err
+    words = [checkpoint, "--images", str(tmp_path / "none"), "--show", "cam", "--output", str(tmp_path)]
+    assert run_tool(visualize.command, words) == 2
+    assert "none is not a folder" in capsys.readouterr().err
+
+
+def test_a_single_class_is_reported_but_not_probed(run, tmp_path, capsys):
+    data = write_splits(tmp_path / "one", ("plain",), train=4, val=2)
+    words = [str(run / "checkpoint_last.pth"), "--data-path", str(data)]
+    assert run_tool(report.command, [*words, "--output", str(tmp_path / "report")]) == 0
+    assert run_tool(probe.command, [*words, "--cache", str(tmp_path / "cache")]) == 2
+    assert "a single class, 'plain'" in capsys.readouterr().err
+
+
+def test_long_work_says_that_it_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(common, "QUIET_SECONDS", 0.01)
+    with common.working("compiling"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err.startswith("compiling ... 0 s\n")
 
 
 def test_a_thousand_classes_and_one():

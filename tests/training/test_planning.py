@@ -36,11 +36,6 @@ UNMIXED = {"AUG__MIXUP": 0.0, "AUG__CUTMIX": 0.0}
 MEASURED = Costs(update=300.0, data_wait=0.0, epoch=0.0, evaluation=0.0, save=0.0)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[Costs]:
     """Rehearse as ever, but plan with MEASURED; return a list of what was really measured."""
@@ -205,6 +200,7 @@ def test_as_many_updates_as_fit_with_their_evaluations_and_saves() -> None:
         updates_within(5.0, costs, config, 10)
 
 
+@pytest.mark.faults
 def test_the_schedule_is_stretched_to_the_updates(tiny: TinyRun) -> None:
     """20 updates of a recipe of 4 epochs, 1 of warm-up, in epochs of 6: warm-up of 5, the minimum at the end."""
     words = ("TRAIN.UPDATES", 20, "TRAIN.WARMUP_EPOCHS", 1, "TRAIN.SAVE_STEPS", 1, "TRAIN.SAVE_KEEP", 50)

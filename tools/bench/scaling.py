@@ -23,7 +23,7 @@ from main import accumulate_gradients
 from models import accelerate, build_model
 from tools.bench.report import ROOT, Report, Table
 from tools.bench.timing import Spread, paired_ratio, turns
-from utils.config import input_shape, load_config
+from utils.config import dump_config, input_shape, load_config, parse_config
 from utils.session import Objective
 from utils.training import (
     NonFiniteGuard,
@@ -124,7 +124,8 @@ class Team:
         context = mp.get_context("spawn")
         for rank in range(world):
             own, theirs = context.Pipe()
-            words = (rank, world, f"file://{self._folder.name}/store", config.dump(), device.type, threads, theirs)
+            place = f"file://{self._folder.name}/store"
+            words = (rank, world, place, dump_config(config), device.type, threads, theirs)
             process = context.Process(target=_work, args=words, daemon=True)
             process.start()
             theirs.close()
@@ -160,7 +161,7 @@ def _work(rank: int, world: int, store: str, config: str, device: str, threads: 
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
     torch.manual_seed(0)
     known: dict[str, Callable[[Variant], None]] = {}
-    config = CfgNode.load_cfg(config)
+    config = parse_config(config, "the benchmark's configuration")
     with contextlib.suppress(EOFError):
         while True:
             variant, updates = pipe.recv()

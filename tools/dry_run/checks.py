@@ -1,7 +1,6 @@
 """What can be checked of a run without measuring it: settings, data, images, the whole recipe, disk."""
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from yacs.config import CfgNode
 
-from data import ImageDataset, ImageLoader
+from data import FileSource, ImageDataset, ImageLoader, ShardSource
 from main import check_and_load
 from models import build_model
 from tools.check_data import scan
@@ -104,17 +103,16 @@ def report_bad_images(config: CfgNode, bad: Sequence[str], among: str, report: R
 
 def unreadable(dataset: ImageDataset, indices: Sequence[int]) -> tuple[list[str], list[str]]:
     """Read images; return what is wrong with those that cannot be read, and with those that may be damaged."""
-    paths = [dataset.sample_name(index) for index in indices]
-    if all(map(os.path.isfile, paths)):
-        found = scan(paths, workers=usable_cores(), channels=dataset.source.channels)
+    if isinstance(dataset.source, (FileSource, ShardSource)):
+        found = scan(dataset.source, workers=usable_cores(), indices=indices)
         texts = [(each.bad, f"{each.path} ({each.reason})") for each in found]
         return [text for bad, text in texts if bad], [text for bad, text in texts if not bad]
     bad = []
-    for index, path in zip(indices, paths, strict=True):  # members of an archive, arrays
+    for index in indices:  # members of an archive, arrays
         try:
             dataset.source.load(index)
         except ImageReadError as error:
-            bad.append(f"{path} ({error})")
+            bad.append(f"{dataset.sample_name(index)} ({error})")
     return bad, []
 
 

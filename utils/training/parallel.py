@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -63,6 +64,9 @@ def wrap_for_training(
     # Feature maps are in channels_last order, so the gradients of convolutions are too: weights in the same order let
     # DDP reduce them in place.
     convert_conv2d_weight_memory_format(model, torch.channels_last)
+    # What is left to differ are the strides of axes of size 1, as in the gradients of 1x1 kernels for maps of a single
+    # position: the same memory. Autograd itself copies a gradient that differs in any other stride.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # The switch was renamed: newer releases warn about the old name, older ones do not know the new one.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     unsynced = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
