@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from .autograd import aten
-from .ops import channels_last, product_dtype
+from .ops import channels_last, depthwise_gradients, product_dtype
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -31,18 +30,13 @@ class _DepthwiseConv(torch.autograd.Function):
         middle = width // 2
         grad, dweight = channels_last(grad), torch.empty_like(weight)
 
-        def gradients(x: Tensor, kernel: Tensor, padding: list[int], mask: list[bool]) -> tuple[Tensor, ...]:
-            return aten.convolution_backward(
-                grad, x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], len(kernel), mask
-            )
-
         def columns(lo: int, hi: int, x: Tensor, padding: int) -> None:
-            dweight[..., lo:hi] = gradients(x, weight[..., lo:hi], [rows, padding], [False, True, False])[1]
+            dweight[..., lo:hi] = depthwise_gradients(grad, x, weight[..., lo:hi], (rows, padding), (False, True))[1]
 
         columns(middle - 1, middle + 2, x, 1)
         for lo, hi in ((0, middle - 1), (middle + 2, width)):
             columns(lo, hi, F.pad(x, (middle - lo, hi - 1 - middle)), 0)
-        return gradients(x, weight, [rows, middle], [True, False, False])[0], dweight
+        return depthwise_gradients(grad, x, weight, (rows, middle), (True, False))[0], dweight
 
 
 def depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from ..blocks import StripMLPLayer, split_patches
 from ..layers import DepthwiseConv2d
-from .autograd import aten
-from .ops import on_cpu, product_dtype, square_kernel
+from .ops import depthwise_gradients, on_cpu, product_dtype, square_kernel
 
 # Positions of a map up to which all its rows are mixed by one matrix; that matrix has this number squared per group.
 WHOLE_POSITIONS = 256
@@ -42,10 +41,8 @@ class _SquareConvolution(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         side = weight.shape[2] // 2
-        how = [1, 1], [side, side], [1, 1], False, [0, 0], len(weight)
         dx = _convolve(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
-        dweight = aten.convolution_backward(grad, x, weight, None, *how, [False, True, False])[1]
-        return dx, dweight
+        return dx, depthwise_gradients(grad, x, weight, (side, side), (False, True))[1]
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:

@@ -30,6 +30,23 @@ def square_kernel(weight: Tensor) -> Tensor:
     return F.pad(weight, (columns, columns, rows, rows)) if rows or columns else weight
 
 
+def depthwise_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int], wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a depthwise convolution with stride 1: of its input and of its kernels, as ``wanted``.
+
+    Args:
+        grad: of the output, (B, C, H', W').
+        x: the input, (B, C, H, W).
+        weight: the kernels, (C, 1, rows, columns).
+        padding: zeros above and below, left and right of the map.
+        wanted: which of the two gradients to compute; the other one is None.
+    """
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], len(weight), [*wanted, False]
+    )[:2]
+
+
 def channels_last(x: Tensor) -> Tensor:
     """Return ``x``, copied to channels_last memory order if it has another."""
     return x.contiguous(memory_format=torch.channels_last)
