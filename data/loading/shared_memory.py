@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from utils.errors import RunError
-from utils.runtime import get_local_world_size
+from utils.runtime import available_memory, get_local_world_size
 
 FULL_SHM = (
     "/dev/shm, where data workers have their locks and counters, is full: make it larger (in a container: "
     "--shm-size 1g) or lower DATA.NUM_WORKERS"
 )
-_MEMINFO = Path("/proc/meminfo")  # Linux
 _SHM = Path("/dev/shm")
 _USABLE_SHARE = 0.9
 
@@ -62,11 +61,7 @@ def shared_zeros(length: int, dtype: torch.dtype) -> Tensor:
 
 def free_memory() -> int:
     """Return how many more bytes of shared memory this machine has room for."""
-    if _MEMINFO.exists():  # counts reclaimable page cache as available, unlike sysconf
-        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        limits = [int(fields["MemAvailable"].split()[0]) * 1024]
-    else:
-        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limits = [available_memory()]
     if _SHM.is_dir():
         statistics = os.statvfs(_SHM)
         limits.append(statistics.f_bavail * statistics.f_frsize)

@@ -14,7 +14,7 @@ from utils.runtime.distributed import (
 )
 from utils.runtime.failures import phase
 from utils.runtime.files import atomic_file, free_bytes, link_or_copy, set_aside, side_file, write_text_atomic
-from utils.runtime.hardware import cpu_features, crowding_advice, describe_cpu, free_memory
+from utils.runtime.hardware import available_memory, cpu_features, crowding_advice, describe_cpu, free_memory
 from utils.runtime.launch import select_device
 from utils.runtime.processes import once_per_machine, usable_cores
 from utils.runtime.random_state import (
@@ -33,6 +33,7 @@ from utils.runtime.text import printable
 __all__ = [
     "all_reduce_sum",
     "atomic_file",
+    "available_memory",
     "broadcast_object",
     "cpu_features",
     "crowding_advice",

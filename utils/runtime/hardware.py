@@ -37,11 +37,19 @@ def describe_cpu() -> str:
     return f"CPU with {', '.join(name for name, has in features.items() if has) or 'no vector units'} ({advice})"
 
 
-def free_memory() -> int:
-    """Return the bytes of memory that this machine, or the container that limits it, can still give to programs."""
+def available_memory() -> int:
+    """Return the bytes of memory that this machine can still give to programs, without regard to a container's limit.
+
+    The page cache that can be given up counts as available where the system tells, on Linux.
+    """
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
-    free = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that this machine, or the container that limits it, can still give to programs."""
+    free = available_memory()
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
         free = min(free, int(limit.read_text()) - int(used.read_text()))
