@@ -255,6 +255,7 @@ def test_a_time_budget_trains_to_the_bits_of_its_updates_written_by_hand(
     assert_same_state(resumed / "checkpoint_last.pth", by_hand / "checkpoint_last.pth")
 
 
+@pytest.mark.faults
 def test_another_budget_is_another_plan_and_needs_permission(
     tiny: TinyRun, rehearsals: list[Costs], capsys: pytest.CaptureFixture
 ) -> None:
