@@ -132,7 +132,7 @@ def accelerate(model: Model, device_type: str = "cpu", *, lean: bool = True) -> 
     Args:
         model: a ``StripMLPNet``, or any module; what has no fast form is left alone.
         device_type: ``"cpu"`` or ``"cuda"``; a network that is moved later runs on the other one too, but slower.
-        lean: compute gradients by hand.
+        lean: compute gradients by hand wherever less is kept; without it, on a GPU, those of GRN and LSMM alone.
     """
     if device_type == "cuda":
         chosen = (*_GPU, *_LEAN) if lean else (*_GPU, FastGRN, FastLSMM)

@@ -2,7 +2,8 @@
 
 cuDNN has fast kernels for depthwise convolutions over channels_last maps, but for square kernels alone, and none for
 grouped convolutions with as few channels per group as a Strip MLP layer has. So a depthwise kernel is filled up with
-zeros to a square, and a Strip MLP layer becomes one batched matrix product.
+zeros to a square, and a Strip MLP layer becomes one batched matrix product. In eager code, where the host launches each
+kernel, autocast's copies of a block's weights are made by one.
 
 Legend as in ``models.blocks``; also R rows of a window, N windows of a map (N * R = H), E rows of a strip.
 """
