@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ import numpy as np
 import yaml
 
 from data import expanded_path
+from tools import report
 from tools.bench.scaling import size
 from tools.common import run_tool, write_bytes
 from tools.figures import new_figure, png_bytes
@@ -208,8 +208,8 @@ def do_runs(studies: dict[str, Study], names: Sequence[str], place: Place) -> in
         print(f"{run.config} {run.tag}{': finished before' if run.done else ''}", flush=True)
         status = 0 if is_finished(parse(run.words)[1]) else train(run.words, 1)
         if not status and not run.done:
-            report = [str(ROOT / "tools" / "report.py"), str(run.folder / "checkpoint_last.pth")]
-            status = subprocess.run([sys.executable, *report, "--output", str(run.folder / "report")]).returncode
+            words = ["--data-path", str(place.data[run.study.data]), "--output", str(run.folder / "report")]
+            status = report.command([str(run.folder / "checkpoint_last.pth"), *words])
         if status:
             print(f"{run.config} {run.tag} did not finish; the same command goes on with it", file=sys.stderr)
             return status
