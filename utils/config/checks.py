@@ -145,11 +145,17 @@ def _check_model(config: CfgNode) -> Iterator[Problem]:
                 f"{STAGE_STRIDE}); take {sizes}",
             )
     patches = strip.NUM_PATCHES or 4  # published: 2 where 80 divides the width, which 4 suits too, else 4
-    if strip.EMBED_DIM % (2 * patches):
+    if strip.EMBED_DIM % (2 * patches) and strip.TOKEN_MIXING != "lsmm":
         yield Problem(
             ("MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.NUM_PATCHES"),
             f"MODEL.STRIP_MLP.EMBED_DIM is {strip.EMBED_DIM}; half of it has to divide into {patches} channel patches, "
             f"so take a multiple of {2 * patches}",
+        )
+    if strip.STRIP_WIDTH % 2 == 0:
+        width = strip.STRIP_WIDTH
+        yield Problem(
+            ("MODEL.STRIP_MLP.STRIP_WIDTH",),
+            f"MODEL.STRIP_MLP.STRIP_WIDTH is {width}, but a strip is a row and as many on each side; take {width + 1}",
         )
 
 
