@@ -6,8 +6,10 @@ import hashlib
 import html
 import json
 import math
+import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -73,6 +75,15 @@ def test_predict_lists_names_files_and_what_cannot_be_read(run, tmp_path, capsys
     assert [one["class"] for one in good["classes"]] == [row["class"] for row in rows]
     assert "known format" in bad["error"]
     assert outputs[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reader_that_has_ended_is_no_error(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert run_tool(lambda _argv: print("a line", flush=True)) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_predict_takes_patterns_and_refuses_what_names_nothing(run, tiny, tmp_path, capsys):

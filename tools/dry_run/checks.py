@@ -9,10 +9,10 @@ import torch
 from yacs.config import CfgNode
 
 from data import FileSource, ImageDataset, ImageLoader, ShardSource
-from main import check_and_load
 from models import build_model
 from tools.check_data import scan
 from tools.dry_run.report import Report
+from utils.assembly import check_and_load
 from utils.checkpoint import LAST, Room
 from utils.config import CIFAR_DATASETS, run_folder, short_of_updates
 from utils.errors import ImageReadError

@@ -11,10 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data import build_val_loader
-from main import assemble_session, build_training, load_starting_point
+from main import update
 from tools.dry_run.checks import Loaders, dry_config, report_bad_images, size_text
 from tools.dry_run.report import Report
 from tools.dry_run.trials import Stream, time_evaluation, time_loader, time_updates
+from utils.assembly import assemble_session, build_training, load_starting_point
 from utils.runtime import Run, StopRequest, usable_cores
 from utils.session import Session
 from utils.training import Progress, TrainState, peak_memory_mib
@@ -82,7 +83,7 @@ def forecast(
         val_loader = None
     if val_loader is None:  # evaluating training images takes as long
         val_loader = build_val_loader(dry, device=run.device, of_train=True)
-    with report.part("model"), assemble_session(dry, run, StopRequest(), loader, val_loader) as session:
+    with report.part("model"), assemble_session(dry, run, StopRequest(), loader, val_loader, update=update) as session:
         model, state = build_training(session)
         with report.part("starting point"):
             if fits:

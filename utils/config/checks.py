@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from utils.config.facts import FILE_DATASETS, FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem, trains
+from utils.config.facts import (
+    FILE_DATASETS,
+    FOLDER_DATASETS,
+    as_pair,
+    channel_values,
+    odd_batch_problem,
+    trains,
+)
 from utils.config.keys import KEYS, flatten, only_trains, value_of
 from utils.config.policy import policy_problem
 from utils.config.values import read_arguments, read_duration
@@ -73,6 +80,12 @@ def _check_holdout(config: CfgNode) -> Iterator[Problem]:
         yield Problem(
             ("DATA.HOLDOUT", "DATA.DATASET", "DATA.ZIP_MODE"),
             f"DATA.HOLDOUT divides image folders and CSV files, but {what}; set DATA.HOLDOUT 0",
+        )
+    if data.TRAIN_SHARE < 1 and (data.DATASET == "shards" or data.DATASET.startswith("timm:") or data.ZIP_MODE):
+        what = "DATA.ZIP_MODE (--zip) reads archives" if data.ZIP_MODE else f"DATA.DATASET is {data.DATASET}"
+        yield Problem(
+            ("DATA.TRAIN_SHARE", "DATA.DATASET", "DATA.ZIP_MODE"),
+            f"DATA.TRAIN_SHARE takes a part of folders, CSV files, CIFAR and digits, but {what}; set it to 1",
         )
 
 

@@ -140,6 +140,8 @@ _ROWS = (
         ours=True),
     Key("DATA.HOLDOUT", 0.0, "share of each class of the training images that is held out for validation, where there "
         "is no validation set; 0 = off", "[0, 1)", ours=True),
+    Key("DATA.TRAIN_SHARE", 1.0, "share of each class of the training images that is trained on, chosen by SEED; 1 = "
+        "all", "(0, 1]", ours=True),
     Key("DATA.SAMPLER", "shuffle", "order of an epoch: every image once, or each class equally often",
         "shuffle|balanced", ours=True),
     Key("DATA.IMG_SIZE", 224, "side of the square input, pixels; or (height, width)", "[1, 16384]", like=(0, 0)),
