@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import timm
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 import hubconf
 from models import accelerate, build_model, fit_weights, gpu_path
 from models.blocks import LSMM, StripMLPLayer
 from tests.builders import config_with, noise, noise_map, randomised, tiny_network
+from tools.model_folder import architecture
 from tools.strip_maps import draw_positions, draw_strips
 from utils.checkpoint import load_weights
 from utils.config import parse_config
@@ -39,6 +42,14 @@ def small(ablation: dict[str, Any], **changes: Any) -> nn.Module:
         for parameter in model.parameters():
             parameter.mul_(0.3)
     return model
+
+
+def config_for(ablation: dict[str, Any], **keys: Any) -> CfgNode:
+    """Return the configuration of a tiny network for 32 pixels."""
+    tiny = {"EMBED_DIM": 8, "LAYERS": [1, 1, 1, 1]} | {name.upper(): value for name, value in ablation.items()}
+    return config_with(
+        DATA__IMG_SIZE=32, **{f"MODEL__STRIP_MLP__{name}": value for name, value in tiny.items()}, **keys
+    )
 
 
 @every_ablation
@@ -134,9 +145,7 @@ def test_strict_export() -> None:
 
 @every_ablation
 def test_layers_and_freezing(ablation: dict[str, Any]) -> None:
-    keys = {f"MODEL__STRIP_MLP__{name.upper()}": value for name, value in ablation.items()}
-    tiny = {"MODEL__STRIP_MLP__EMBED_DIM": 8, "MODEL__STRIP_MLP__LAYERS": [1, 1, 1, 1], "DATA__IMG_SIZE": 32}
-    model = build_model(config_with(TRAIN__FREEZE="stages3", **tiny, **keys), 3)
+    model = build_model(config_for(ablation, TRAIN__FREEZE="stages3"), 3)
     groups = group_parameters(model, model.group_matcher(coarse=True))
     assert len(groups) == 6  # stem, four stages, norm and head
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
@@ -145,6 +154,17 @@ def test_layers_and_freezing(ablation: dict[str, Any]) -> None:
     assert ("skip_1_to_4" in trained) == ablation.get("stage_skips", True)
     assert isinstance(model.stages[0][0].strip_mixing.lsmm, LSMM) == (ablation.get("token_mixing") != "cgsmm")
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+@every_ablation
+def test_a_folder_for_timm_says_what_is_ablated(ablation: dict[str, Any]) -> None:
+    config = config_for(ablation)
+    model = build_model(config, 3)
+    name, arguments = architecture(SimpleNamespace(model=model, config=config))
+    again = timm.create_model(name, **(arguments | {"num_classes": 3}))
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again.eval()(x), model.eval()(x))
 
 
 @pytest.mark.parametrize("ablation", [ABLATIONS[name] for name in ("strip_width_5", "cgsmm", "lsmm", "no_skips")])
