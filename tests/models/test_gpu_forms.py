@@ -82,7 +82,7 @@ def test_only_the_forms_of_the_device_are_attached() -> None:
         return {name for name in names if name.startswith(("Fast", "Square", "Product"))}
 
     gpu = {"SquareDepthwiseConv2d", "ProductStripMLPLayer"}
-    assert kinds("cuda", lean=False) == gpu
+    assert kinds("cuda", lean=False) == gpu | {"FastGRN", "FastLSMM"}
     assert "FastDepthwiseConv2d" not in kinds("cuda", lean=True) > gpu
     assert kinds("cpu", lean=False) == set()
     assert "FastDepthwiseConv2d" in kinds("cpu", lean=True)
