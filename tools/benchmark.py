@@ -4,6 +4,7 @@
     python tools/benchmark.py model strip_mlp_tiny:inference --batch 1 16 --vs reference resnet50
     python tools/benchmark.py count strip_mlp_tiny reference resnet50 --precision bf16 --by operation
     python tools/benchmark.py loader --data-path <folder>
+    python tools/benchmark.py loader --small
     python tools/benchmark.py startup
     python tools/benchmark.py gpu --json gpu.json
     python tools/benchmark.py scaling --processes 1 2 --threads 1

@@ -112,7 +112,7 @@ class EvalResize:
         """Return what the pixels depend on besides the picture, for the name of a file that keeps them."""
         library = f"Pillow {PIL.__version__}"
         if self.resize is torch_resize:
-            library = f"torch {torch.__version__} in the order of {library}, large JPEG files decoded at a smaller size"
+            library = f"torch {torch.__version__} in the order of {library}, large JPEG files decoded small"
         return {
             "size": self.size,
             "short_side": self.short_side,
@@ -140,23 +140,23 @@ def _resize_part(
 ) -> Picture:
     """Resize the box (top, left, height, width) of a picture to ``target`` = (height, width).
 
-    A JPEG file that is not decoded yet is decoded as small as leaves the box at least twice as large as ``target``. The
-    box then begins and ends between two pixels, which Pillow's resize takes into account. The pixels differ from those
-    of the whole picture by 0.3/255 to 0.5/255 on average (docs/PERFORMANCE.md).
+    A JPEG file that is not decoded yet is decoded as small as leaves the box at least twice as large as ``target``.
+    Where the box then begins or ends between two pixels, Pillow's resize takes that into account. The pixels differ
+    from those of the whole picture by 0.3/255 to 0.5/255 on average (docs/PERFORMANCE.md).
     """
     top, left, height, width = box
     if isinstance(picture, ScalableJpeg):
         reductions = (r for r in ScalableJpeg.REDUCTIONS if height >= 2 * r * target[0] and width >= 2 * r * target[1])
         reduction = next(reductions, 1)
         picture = picture.decode(reduction)
-        if reduction > 1:
-            edges = [edge / reduction for edge in (left, top, left + width, top + height)]
-            first_column, first_row = int(edges[0]), int(edges[1])
-            rows, columns = math.ceil(edges[3]) - first_row, math.ceil(edges[2]) - first_column
-            part = as_image(_cut(picture, first_row, first_column, rows, columns))  # what lies outside has no influence
-            edges = [edge - start for edge, start in zip(edges, (first_column, first_row) * 2, strict=True)]
+        edges = [edge / reduction for edge in (left, top, left + width, top + height)]
+        left, top = int(edges[0]), int(edges[1])
+        height, width = math.ceil(edges[3]) - top, math.ceil(edges[2]) - left
+        if not all(edge.is_integer() for edge in edges):
+            part = as_image(_cut(picture, top, left, height, width))  # what lies outside has no influence
+            edges = [edge - start for edge, start in zip(edges, (left, top) * 2, strict=True)]
             return part.resize(target[::-1], str_to_pil_interp(interpolation), box=edges)
-    part = _cut(picture, *box)
+    part = _cut(picture, top, left, height, width)
     return part if _size(part) == target else resize(part, target, interpolation)
 
 
