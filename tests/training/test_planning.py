@@ -19,9 +19,11 @@ from utils import assembly
 from utils.checkpoint.files import load_checkpoint
 from utils.checkpoint.resume import kept_plan
 from utils.checkpoint.store import CheckpointStore
-from utils.config import parse_config, with_values
+from utils.config import parse, parse_config, with_values
 from utils.config.values import read_duration
 from utils.errors import RunError
+from utils.rehearsal import Rehearsal, rehearse
+from utils.runtime import StopRequest, start_run
 from utils.session import Session
 from utils.training import planning
 from utils.training.planning import (
@@ -289,6 +291,21 @@ def test_a_run_without_a_plan_is_put_together_once(tiny: TinyRun, monkeypatch: p
     assert planned == []
     tiny.train("--opts", "TRAIN.UPDATES", 1, tag="one_update")
     assert planned == [1]
+
+
+def test_a_rehearsal_of_slow_updates_is_short(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates that take longer than the time for measuring are done twice: once to warm up, once measured."""
+    config = parse(tiny.argv(tag="slow"))[1]
+    original, updates = Rehearsal.after_update, []
+    monkeypatch.setattr(
+        Rehearsal, "after_update", lambda *args, **options: updates.append(0) or original(*args, **options)
+    )
+    loops = {"train_one_epoch": main.train_one_epoch, "validate": main.validate}
+    stop = StopRequest()
+    with start_run(config) as run, main.build_session(config, run, stop, update=main.update) as session:
+        costs = rehearse(*main.build_training(session), session, **loops, seconds=1e-9)
+    assert len(updates) == 2
+    assert min(costs.update, costs.evaluation, costs.save) > 0
 
 
 def test_the_end_is_predicted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
