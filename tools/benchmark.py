@@ -31,6 +31,14 @@ from tools.bench.report import Report
 COMMANDS = {"model": model, "count": count, "loader": loader, "startup": startup, "gpu": gpu, "scaling": scaling}
 
 
+def device_name(text: str) -> torch.device:
+    """Return the device that a flag names; ``main`` looks whether it is there."""
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; name cpu or cuda") from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line: one subcommand per module, with the arguments common to all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--rounds", type=int, default=5, metavar="N", help="measurements of each candidate (default: 5)"
         )
         command.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch")
-        command.add_argument("--device", type=torch.device, default=device, help="cpu or cuda (default: %(default)s)")
+        command.add_argument("--device", type=device_name, default=device, help="cpu or cuda (default: %(default)s)")
         command.add_argument("--json", type=Path, metavar="FILE", help="also write everything to this file")
         module.add_arguments(command)
     return parser

@@ -148,6 +148,15 @@ def test_a_single_class_is_reported_but_not_probed(run, tmp_path, capsys):
     assert "a single class, 'plain'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["nonsense", "", "cuda:99"])
+def test_a_device_that_is_not_there(run, tiny, device, capsys):
+    words = [str(run / "checkpoint_last.pth"), str(tiny.data / "val"), "--device", device]
+    assert run_tool(predict.command, words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: device '{device}' cannot be used: ")
+    assert message.count("\n") == 1
+
+
 def test_long_work_says_that_it_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(common, "QUIET_SECONDS", 0.01)
     with common.working("compiling"):
