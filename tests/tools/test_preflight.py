@@ -152,7 +152,7 @@ def test_what_does_not_stop_the_run_is_a_warning(tiny, check):
     a_damaged_image(tiny)
     status, text = check("--opts", "DATA.BAD_IMAGES=skip", "TRAIN.EPOCHS=200")
     assert status == 0
-    for warning in ("classes have no images", "dog/1.jpg", "this recipe is made for far more than 24 images"):
+    for warning in ("1 class has no images", "dog/1.jpg", "this recipe is made for far more than 24 images"):
         assert any(warning in line for line in text.splitlines() if line.startswith("warning  ")), text
 
 
