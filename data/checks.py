@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from data.dataset import ImageDataset
 from data.sources.listing import some
-from utils.runtime import get_world_size
+from utils.runtime import get_world_size, printable
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def describe_classes(dataset: ImageDataset) -> str:
     """Return how many images each class has, for the log; of many classes, the smallest and the largest."""
     counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
     order = np.argsort(-counts, kind="stable").tolist()
-    shown = [f"{dataset.classes[label]} {counts[label]}" for label in order]
+    shown = [f"{printable(dataset.classes[label])} {counts[label]}" for label in order]
     if len(shown) > _SHOWN_CLASSES:
         median = f"... (median {np.median(counts):g}) ..."
         shown = [*shown[: _SHOWN_CLASSES // 2], median, *shown[-(_SHOWN_CLASSES // 2) :]]

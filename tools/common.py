@@ -52,6 +52,9 @@ def run_tool(command: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return command(argv)
+    except BrokenPipeError:  # what reads the output has ended, as head does; what Python still holds of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except USER_ERRORS as error:
         print(f"error: {printable(str(error), keep_lines=True)}", file=sys.stderr)
         return 2

@@ -47,7 +47,8 @@ def architecture(opened: Opened) -> tuple[str, dict[str, Any]]:
         return model.pretrained_cfg["architecture"], args | timm_kwargs(opened.config.MODEL.TIMM_KWARGS)
     args |= {"img_size": opened.config.DATA.IMG_SIZE, "patch_size": strip.PATCH_SIZE, "embed_dim": strip.EMBED_DIM}
     args |= {"depths": list(strip.LAYERS), "mlp_ratio": opened.config.MODEL.ALPHA}
-    args |= {"num_patches": strip.NUM_PATCHES or None}
+    args |= {"num_patches": strip.NUM_PATCHES or None, "strip_width": strip.STRIP_WIDTH}
+    args |= {"token_mixing": strip.TOKEN_MIXING, "stage_skips": strip.STAGE_SKIPS}
     variants = {(80, 6): "tiny_light", (80, 12): "tiny", (96, 18): "small", (112, 18): "base"}
     return f"strip_mlp_{variants.get((strip.EMBED_DIM, strip.LAYERS[2]), 'tiny')}", args
 

@@ -119,7 +119,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     data = {"DATA.DATA_PATH": args.data_path, **({"DATA.DATASET": args.dataset} if args.dataset else {})}
     config = checkpoint_config(args.checkpoint, args.cfg, opts=args.opts, overrides=data)
-    device = torch.device(args.device) if args.device else select_device()
+    device = select_device(args.device)
     train, test = all_features(config, make_folder(args.cache, "--cache"), args.weights, device)
     if train.classes != test.classes:
         only = sorted(set(test.classes) - set(train.classes))[:5]

@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="CONFIG|CHECKPOINT", help="config file (.yaml), or a checkpoint of a run")
     parser.add_argument("--data-path", help="data set [DATA.DATA_PATH]")
     parser.add_argument(
-        "--output", type=output_path, default=Path("batch.png"), metavar="FILE", help="picture (default: %(default)s)"
+        "--output", type=output_path, default="batch.png", metavar="FILE", help="picture (default: %(default)s)"
     )
     parser.add_argument("--epoch", type=int, default=1, metavar="N", help="from 1 (default: %(default)s)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="set keys of docs/CONFIG.md")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..blocks import CGSMM, LSMM, ChannelMixingBlock, StripMixingBlock, StripMLPBlock, cat_channels, split_patches
 from ..layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual
-from .autograd import gelu_grn, is_plain, may_use_handwritten, norm_gelu, weighted_sum
+from .autograd import gelu_grn, grn, is_plain, may_use_handwritten, norm_gelu, weighted_sum
 from .depthwise import depthwise_conv
 from .gpu import ProductStripMLPLayer, SquareDepthwiseConv2d
 from .linear_chain import ChainLink, linear_chain
@@ -81,6 +81,15 @@ class FastChannelMixingBlock(ChannelMixingBlock):
         return linear_chain(self.dwconv(x), [expand, reduce])  # (B, C, H, W) -> (B, K, H, W) -> (B, C, H, W)
 
 
+class FastGRN(GRN):
+    """``GRN`` whose gradient goes through the map less often."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        if on_cpu(y) or not may_use_handwritten() or not torch.is_grad_enabled():
+            return super().forward(y)
+        return grn(self, y)
+
+
 class FastStripMLPBlock(StripMLPBlock):
     """``StripMLPBlock`` in which samples that DropPath drops skip the channel mixing."""
 
@@ -124,8 +133,8 @@ def accelerate(model: Model, device_type: str = "cpu", *, lean: bool = True) -> 
         device_type: ``"cpu"`` or ``"cuda"``; a network that is moved later runs on the other one too, but slower.
         lean: compute gradients by hand.
     """
-    own = _GPU if device_type == "cuda" else (FastDepthwiseConv2d,) if lean else ()
-    forms = {form.__base__: form for form in (*own, *(_LEAN if lean else ()))}
+    plain, by_hand = ((*_GPU, FastGRN, FastLSMM), _GPU) if device_type == "cuda" else ((), (FastDepthwiseConv2d,))
+    forms = {form.__base__: form for form in ((*by_hand, *_LEAN) if lean else plain)}
     for module in model.modules():
         if type(module) in forms:
             module.__class__ = forms[type(module)]

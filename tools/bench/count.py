@@ -10,7 +10,8 @@ GPU takes can be counted on any machine, in seconds, and the same code always gi
 
 A training step is forward pass, cross-entropy and backward pass, without DropPath and optimizer; a forward pass is not
 the first one. ``--compiled`` also
-partitions the compiled training graphs, on the CPU and with real tensors, for what they keep.
+partitions the compiled training graphs, on the CPU and with real tensors, for what they keep, and counts the kernels
+and bytes of compiled code as inductor schedules it for a GPU.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from models import gpu_path
 from tools.bench.candidates import PRECISIONS, Candidate, Setting, autocast, build_network, in_form
 from tools.bench.report import Report, Table
+from tools.bench.scheduled import counting_backend
 from utils.training import compile_model
 
 MB = 1e6
@@ -73,25 +75,29 @@ def run(args: Namespace, report: Report) -> None:
             counts = count(candidate, setting, mode)
             row |= {f"{mode} {key}": value for key, value in counts.per_image(args.batch).items()}
             breakdowns += [_breakdown(candidate, mode, counts, by, args) for by in args.by]
+            if args.compiled:
+                compiled = count_compiled(candidate, setting, mode, counts, budget=args.memory_budget)
+                row |= {f"compiled {mode} {key}": value for key, value in compiled.per_image(args.batch).items()}
         if args.compiled and "train kernels" in row:
-            row["compiled kept"] = round(kept_compiled(candidate, setting, budget=args.memory_budget) / MB, 1)
+            row["compiled train kept"] = round(kept_compiled(candidate, setting, budget=args.memory_budget) / MB, 1)
         rows.append(row)
-    columns = [
-        ("", "label"),
-        *(
-            (f"{mode} {heading}", f"{mode} {key}")
-            for mode in ("train", "infer")
-            for heading, key in (("kernels", "kernels"), ("MB", "MB"), ("kept MB", "kept"), ("waits", "waits"))
-            if (mode, key) != ("infer", "kept")
-        ),
-        *([("compiled kept MB", "compiled kept")] if args.compiled else []),
-    ]
     title = (
         f"counts on {args.device.type}, batch {args.batch}, {args.img_size} x {args.img_size}, {args.precision}; "
         "kernels and waits per step, MB per image"
     )
-    for table in (Table(title, columns, rows, {"batch": args.batch}), *breakdowns):
+    wanted = ("kernels", "MB", "kept", "waits")
+    tables = [Table(title, _columns("", wanted), rows, {"batch": args.batch})]
+    if args.compiled:
+        title = f"the same, compiled for a GPU by inductor, TRAIN.MEMORY_BUDGET {args.memory_budget:g}"
+        tables.append(Table(title, _columns("compiled ", wanted[:3]), rows, {"batch": args.batch}))
+    for table in (*tables, *breakdowns):
         report.add(table)
+
+
+def _columns(kind: str, wanted: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the headings and keys of a table's columns."""
+    keys = [f"{mode} {key}" for mode in ("train", "infer") for key in wanted if (mode, key) != ("infer", "kept")]
+    return [("", "label"), *((key.replace("kept", "kept MB"), kind + key) for key in keys)]
 
 
 @dataclass
@@ -178,19 +184,24 @@ class _Parts(TorchFunctionMode):
         words = self._names.get(module, "").split(".")
         self._stack.append(".".join("*" if word.isdigit() else word for word in words))
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._mark(output)  # also what came from an autograd function, whose calls are not seen
         self._stack.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self._mark(result)
+        return result
+
+    def _mark(self, result: Any) -> None:
+        """Note for all nodes of the backward graph that led to ``result`` and have no part yet whose they are."""
         if self._stack:
             nodes = [x.grad_fn for x in tree_leaves(result) if isinstance(x, Tensor) and x.grad_fn is not None]
-            while nodes:  # mark all nodes of the backward graph that this call made
+            while nodes:
                 node = nodes.pop()
                 if "part" not in node.metadata:
                     node.metadata["part"] = self._stack[-1]
                     nodes += [following for following, _ in node.next_functions if following is not None]
-        return result
 
     def part(self) -> str:
         """Return the name of the innermost module at work, numbers as ``*``; empty outside all modules."""
@@ -288,6 +299,38 @@ def kept_compiled(candidate: Candidate, setting: Setting, *, budget: float = 1.0
             kept.append(sum(sizes))
     torch._dynamo.reset()
     return (kept[1] - kept[0]) / 2
+
+
+def count_compiled(candidate: Candidate, setting: Setting, mode: str, eager: Counts, *, budget: float = 1.0) -> Counts:
+    """Count a training step or a forward pass of the compiled network, as inductor schedules it for a GPU.
+
+    Args:
+        candidate, setting, mode: as for ``count``.
+        eager: its result; what stays outside compiled code is taken from it.
+        budget: as ``TRAIN.MEMORY_BUDGET``.
+    """
+    network = in_form(_without_drop_path(build_network(candidate, setting.img_size)), candidate, setting, mode=mode)
+    counts = Counts()
+    if hasattr(network, "compile_blocks"):
+        outside = [key for key in eager.kernels if not key[1].startswith("stages.")]
+        for key in outside:
+            counts.kernels[key], counts.moved[key] = eager.kernels[key], eager.moved[key]
+
+    def add(kernels: int, moved: int) -> None:
+        counts.kernels["compiled", ""] += kernels
+        counts.moved["compiled", ""] += moved
+
+    torch._dynamo.reset()
+    with config.patch(activation_memory_budget=budget), _path_of(setting.device), FakeTensorMode():
+        network = _fake(network)
+        compile_model(network, backend=counting_backend(add))
+        images = torch.empty(setting.batch, 3, setting.img_size, setting.img_size)
+        with torch.set_grad_enabled(mode == "train"), autocast(candidate.precision, images.device):
+            scores = network(images.to(memory_format=torch.channels_last))
+        if mode == "train":
+            scores.backward(torch.empty_like(scores))
+    torch._dynamo.reset()
+    return counts
 
 
 def _without_drop_path(network: nn.Module) -> nn.Module:
