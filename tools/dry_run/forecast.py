@@ -62,9 +62,12 @@ def forecast(
     dry, val_loader = what_to_measure(config, loaders, run.device, fits=fits)
     stop = StopRequest()
     with report.part("model"), assemble_session(dry, run, stop, loaders[0], val_loader, update=update) as session:
-        session.budget.continue_from(seconds_used)
+        costs, loading, begun = None, 0.0, time.monotonic()
+        with report.part("loading"):
+            say("measuring the loader")
+            loading = time_loader(session.loader, seconds)
+        session.budget.continue_from(seconds_used - (time.monotonic() - begun))
         model, state = build_training(session)
-        costs, loading = None, 0.0
         with report.part("training"):
             say("measuring training, evaluation and saving")
             parts = {"train_one_epoch": train_one_epoch, "validate": validate}
@@ -74,16 +77,12 @@ def forecast(
                 load_starting_point(state, session, allow_change)
             if dry.MODEL.RESUME:
                 report.row("start", f"{dry.MODEL.RESUME}, after {session.position_text(state.progress)}")
-        if costs is not None:
-            images = 0 if loaders[1] is None else len(loaders[1].dataset)
-            predict(session, state.progress, costs, report, images=images, world_size=world_size)
-        with report.part("loading"):
-            say("measuring the loader")
-            loading = time_loader(session.loader, seconds)
         report_bad_images_met(session, report)
         report_memory(run.device, report)
         if costs is not None:
             report_speeds(session, costs, loading, report)
+            images = 0 if loaders[1] is None else len(loaders[1].dataset)
+            predict(session, state.progress, costs, report, images=images, world_size=world_size)
 
 
 def what_to_measure(
