@@ -123,17 +123,18 @@ def _class_problems(config: CfgNode, dataset: ImageDataset, *, may_lack_classes:
         )
     outside = np.flatnonzero((targets < 0) | (targets >= len(classes)))
     if len(outside):
-        first = int(outside[0])
+        first, are = int(outside[0]), "label is" if len(outside) == 1 else "labels are"
         problems.append(
-            f"{len(outside)} labels are outside 0..{len(classes) - 1}, the first is {int(targets[first])} of "
+            f"{len(outside)} {are} outside 0..{len(classes) - 1}, the first is {int(targets[first])} of "
             f"{dataset.sample_name(first)}"
         )
     inside = targets[(targets >= 0) & (targets < len(classes))]
     empty = np.flatnonzero(np.bincount(inside, minlength=len(classes)) == 0)
     if len(empty):
-        text = f"{len(empty)} classes have no images: {some(classes[i] for i in empty)}"
+        have, them = ("1 class has", "it") if len(empty) == 1 else (f"{len(empty)} classes have", "them")
+        text = f"{have} no images: {some(classes[i] for i in empty)}"
         if may_lack_classes:
-            logger.warning("val: %s; the results say nothing about them", text)
+            logger.warning("val: %s; the results say nothing about %s", text, them)
         else:
             problems.append(text)
     return problems

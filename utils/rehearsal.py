@@ -56,7 +56,6 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED",
 REHEARSAL_SHARE, REHEARSAL_SECONDS = 0.04, 60.0  # of the time budget, and at most, for measuring updates
 WARM_UPDATES, LEAST_UPDATES = 3, 4  # before measuring, and measured; fewer where they take too long:
 PATIENCE = 3  # a measurement ends when it has taken so many times as long as it should
-SHORT_SECONDS = 2.0  # what takes less is measured twice
 
 
 @contextmanager
@@ -250,7 +249,11 @@ def rehearse(
         row, update, start = _time_updates(partial(train_one_epoch, model, state, rehearsal), state, rehearsal, seconds)
         evaluation, result = _time_evaluation(partial(validate, state), rehearsal, seconds)
         row = {"epoch": 1, "step": 1, "lr": state.learning_rate, "best_acc1": 0.0, **row}
-        records = _seconds(lambda: record_epoch(run.output_dir, row, result) if run.is_main else None)
+        for _ in range(2):  # the first one loads what draws the curves
+            began = time.perf_counter()
+            if run.is_main:
+                record_epoch(run.output_dir, row, result)
+            records = time.perf_counter() - began
         began = time.perf_counter()
         rehearsal.save(state, background=True)  # what training waits for
         save = time.perf_counter() - began
@@ -336,17 +339,6 @@ def _time_evaluation(
         if not batches:
             break
     return spent * len(rehearsal.val_loader) / part.batches, result
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    """Return what ``action`` takes: its second time where it is short, as the first one loads what it needs."""
-    for _ in range(2):
-        began = time.perf_counter()
-        action()
-        seconds = time.perf_counter() - began
-        if not broadcast_object(seconds < SHORT_SECONDS):
-            break
-    return seconds
 
 
 def _wait_for(device: torch.device) -> None:

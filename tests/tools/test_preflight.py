@@ -10,6 +10,7 @@ import pytest
 
 from tests.tiny_run import TinyRun
 from tools import preflight
+from tools.dry_run import forecast
 from utils.checkpoint.room import planned_files
 from utils.config import load_config
 
@@ -65,6 +66,20 @@ def test_a_time_budget_says_how_many_updates_fit(tiny, check):
     assert status == 1
     assert "FAILS  time budget: TRAIN.TIME_BUDGET is 0.01s, of which 0 s are left" in text
     assert "finish" not in text
+
+
+def test_each_process_takes_its_share_of_the_images_of_an_update(check, monkeypatch):
+    batches, original = [], forecast.rehearse
+
+    def rehearse(model, state, session, **options):
+        batches.append((session.config.DATA.BATCH_SIZE, session.config.TRAIN.GLOBAL_BATCH))
+        return original(model, state, session, **options)
+
+    monkeypatch.setattr(forecast, "rehearse", rehearse)
+    status, text = check("--global-batch", 8, "--pretend-world", 2, "--json", seconds=0.01)
+    figures = json.loads(text)["figures"]
+    assert (status, batches) == (0, [(4, 8)]), text
+    assert figures["images_per_second"]["training"] == pytest.approx(4 / figures["seconds"]["update"])
 
 
 def test_the_length_may_be_given_as_updates(check):
@@ -152,7 +167,7 @@ def test_what_does_not_stop_the_run_is_a_warning(tiny, check):
     a_damaged_image(tiny)
     status, text = check("--opts", "DATA.BAD_IMAGES=skip", "TRAIN.EPOCHS=200")
     assert status == 0
-    for warning in ("classes have no images", "dog/1.jpg", "this recipe is made for far more than 24 images"):
+    for warning in ("1 class has no images", "dog/1.jpg", "this recipe is made for far more than 24 images"):
         assert any(warning in line for line in text.splitlines() if line.startswith("warning  ")), text
 
 

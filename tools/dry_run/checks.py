@@ -142,10 +142,11 @@ def work_out_recipe(config: CfgNode, loader: ImageLoader | None, world_size: int
 def report_length(updates: int, report: Report) -> None:
     """Report the epochs and images of a run of ``updates`` updates; ``work_out_recipe`` comes first."""
     recipe = report.figures["recipe"]
-    epochs, rest = divmod(updates, recipe["updates_per_epoch"])
+    per_epoch = recipe["updates_per_epoch"]
+    epochs, rest = divmod(updates, per_epoch)
     seen = epochs * recipe["images_per_epoch"] + rest * recipe["images_per_update"]
-    text = f"{epochs:,} epochs x {recipe['updates_per_epoch']:,} updates{f' and {rest:,} more' if rest else ''}"
-    report.row("recipe", f"{text} = {updates:,}, {seen:,} images seen")
+    length = f"{updates / per_epoch:,.1f} epochs of {per_epoch:,}" if rest else f"{epochs:,} epochs x {per_epoch:,}"
+    report.row("recipe", f"{length} updates = {updates:,}, {seen:,} images seen")
     recipe |= {"epochs": epochs + (rest > 0), "updates": updates, "images_seen": seen}
 
 

@@ -58,13 +58,17 @@ def forecast(
         allow_change: keys that may differ from those of the checkpoint that the run continues from.
         say: tells the user what is being done.
     """
-    fits = not report.failed("classes and batch")
-    dry, val_loader = what_to_measure(config, loaders, run.device, fits=fits)
+    fits, images = not report.failed("classes and batch"), config.TRAIN.GLOBAL_BATCH
+    dry, val_loader = what_to_measure(config, loaders, run.device, world_size, fits=fits)
     stop = StopRequest()
     with report.part("model"), assemble_session(dry, run, stop, loaders[0], val_loader, update=update) as session:
-        session.budget.continue_from(seconds_used)
+        session = replace(session, config=with_values(session.config, {"TRAIN.GLOBAL_BATCH": images}))
+        costs, loading, begun = None, 0.0, time.monotonic()
+        with report.part("loading"):
+            say("measuring the loader")
+            loading = time_loader(session.loader, seconds)
+        session.budget.continue_from(seconds_used - (time.monotonic() - begun))
         model, state = build_training(session)
-        costs, loading = None, 0.0
         with report.part("training"):
             say("measuring training, evaluation and saving")
             parts = {"train_one_epoch": train_one_epoch, "validate": validate}
@@ -74,23 +78,23 @@ def forecast(
                 load_starting_point(state, session, allow_change)
             if dry.MODEL.RESUME:
                 report.row("start", f"{dry.MODEL.RESUME}, after {session.position_text(state.progress)}")
-        if costs is not None:
-            images = 0 if loaders[1] is None else len(loaders[1].dataset)
-            predict(session, state.progress, costs, report, images=images, world_size=world_size)
-        with report.part("loading"):
-            say("measuring the loader")
-            loading = time_loader(session.loader, seconds)
         report_bad_images_met(session, report)
         report_memory(run.device, report)
         if costs is not None:
             report_speeds(session, costs, loading, report)
+            images = 0 if loaders[1] is None else len(loaders[1].dataset)
+            predict(session, state.progress, costs, report, images=images, world_size=world_size)
 
 
 def what_to_measure(
-    config: CfgNode, loaders: Loaders, device: torch.device, *, fits: bool
+    config: CfgNode, loaders: Loaders, device: torch.device, world_size: int, *, fits: bool
 ) -> tuple[CfgNode, ImageLoader]:
-    """Return a configuration that writes nothing, and a loader for the evaluation; ``fits``: the data fit the head."""
+    """Return a configuration that writes nothing, and a loader for the evaluation.
+
+    Of the images of an update, this process plans the share of one of ``world_size``. ``fits``: the data fit the head.
+    """
     dry, val_loader = dry_config(config), loaders[1]
+    dry = with_values(dry, {"TRAIN.GLOBAL_BATCH": config.TRAIN.GLOBAL_BATCH // world_size})
     if not fits:  # measure with the head that the training images need
         dry = with_values(dry, {"MODEL.NUM_CLASSES": 0, "TRAIN.CLASS_WEIGHTS": "none"})
         val_loader = None
