@@ -6,11 +6,12 @@ INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.
 QUICKSTART := output/quickstart_digits/default
 TOUR := output/quickstart_digits/tour
 
-.PHONY: help quickstart tour test lint faults clean
+.PHONY: help quickstart tour studies test lint faults clean
 
 help:
 	@echo "make quickstart   train and evaluate a small Strip-MLP on handwritten digits (CPU, about three minutes)"
 	@echo "make tour         then use the digits' checkpoint: predict, report, figures, export (another minute or two)"
+	@echo "make studies      list the commands behind docs/RESULTS.md; with CIFAR10=FOLDER CALTECH101=FOLDER, repeat them (hours)"
 	@echo "make test         ruff and pytest"
 	@echo "make lint         ruff alone"
 	@echo "make faults       the long fault-injection tests too: killed processes, full disks, damaged files"
@@ -46,6 +47,10 @@ tour: $(VENV)/.installed-extra $(QUICKSTART)/checkpoint_best.pth
 	@echo "What the network sees $(TOUR)/figures/erf.png, cam.png, strip_weights.png, position_tables.png"
 	@echo "For other programs    $(TOUR)/digits.onnx, $(TOUR)/model (safetensors)"
 	@echo "Each of these tools is described in docs/TOOLS.md"
+
+studies: $(VENV)/.installed-extra
+	@OMP_NUM_THREADS=1 $(RUN) tools/studies.py $(if $(CIFAR10)$(CALTECH101),run,list) \
+	  $(if $(CIFAR10),--data cifar10=$(CIFAR10)) $(if $(CALTECH101),--data caltech101=$(CALTECH101))
 
 test: lint
 	@$(RUN) -m pytest

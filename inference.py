@@ -113,9 +113,10 @@ def open_checkpoint(
     Raises:
         ValueError: the configuration has problems.
         CheckpointError, FileNotFoundError: the file cannot be used, or holds no configuration and ``cfg`` is None.
+        RunError: there is no such device.
     """
     config = checkpoint_config(source, cfg, opts=opts, overrides=overrides)
-    device = torch.device(device) if device is not None else select_device()
+    device = select_device(device)
     check_transform(config)
     check_model(config, device, training=False)
     return load_model(config, device, weights=weights)

@@ -25,7 +25,7 @@ from data.sources.cached import (
 )
 from data.sources.classes import order_classes
 from data.sources.csv import CsvSource, csv_classes
-from data.sources.holdout import hold_out
+from data.sources.holdout import hold_out, keep_share
 from data.sources.layout import check_layout
 from data.sources.listing import class_folders
 from data.sources.shards import ShardSource, part_of
@@ -97,6 +97,8 @@ def build_dataset(config: CfgNode, *, is_train: bool, augment: bool = True, part
         RuntimeError: a download or the validation cache failed; on all processes alike.
     """
     source = _build_source(config, "train" if is_train else part)
+    if is_train and config.DATA.TRAIN_SHARE < 1:
+        keep_share(source, config)
     if config.DATA.CACHE_DECODED == "ram" and not isinstance(source, ArraySource):
         source = DecodedSource(source)
     elif config.DATA.FAST_RESIZE and source.channels == 3 and not isinstance(source, ArraySource):

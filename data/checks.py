@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from data.dataset import ImageDataset
 from data.sources.listing import some
-from utils.runtime import get_world_size
+from utils.runtime import get_world_size, printable
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def describe_classes(dataset: ImageDataset) -> str:
     """Return how many images each class has, for the log; of many classes, the smallest and the largest."""
     counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
     order = np.argsort(-counts, kind="stable").tolist()
-    shown = [f"{dataset.classes[label]} {counts[label]}" for label in order]
+    shown = [f"{printable(dataset.classes[label])} {counts[label]}" for label in order]
     if len(shown) > _SHOWN_CLASSES:
         median = f"... (median {np.median(counts):g}) ..."
         shown = [*shown[: _SHOWN_CLASSES // 2], median, *shown[-(_SHOWN_CLASSES // 2) :]]
@@ -123,17 +123,18 @@ def _class_problems(config: CfgNode, dataset: ImageDataset, *, may_lack_classes:
         )
     outside = np.flatnonzero((targets < 0) | (targets >= len(classes)))
     if len(outside):
-        first = int(outside[0])
+        first, are = int(outside[0]), "label is" if len(outside) == 1 else "labels are"
         problems.append(
-            f"{len(outside)} labels are outside 0..{len(classes) - 1}, the first is {int(targets[first])} of "
+            f"{len(outside)} {are} outside 0..{len(classes) - 1}, the first is {int(targets[first])} of "
             f"{dataset.sample_name(first)}"
         )
     inside = targets[(targets >= 0) & (targets < len(classes))]
     empty = np.flatnonzero(np.bincount(inside, minlength=len(classes)) == 0)
     if len(empty):
-        text = f"{len(empty)} classes have no images: {some(classes[i] for i in empty)}"
+        have, them = ("1 class has", "it") if len(empty) == 1 else (f"{len(empty)} classes have", "them")
+        text = f"{have} no images: {some(classes[i] for i in empty)}"
         if may_lack_classes:
-            logger.warning("val: %s; the results say nothing about them", text)
+            logger.warning("val: %s; the results say nothing about %s", text, them)
         else:
             problems.append(text)
     return problems

@@ -1,5 +1,6 @@
 """Strip-MLP as PyTorch modules; knows nothing of data or training."""
 
+from . import baselines  # noqa: F401 (registers them with timm)
 from .build import build_model, timm_kwargs
 from .checkpoint_compat import from_published, to_published
 from .checks import check_model

@@ -51,17 +51,18 @@ class StripMLPLayer(nn.Module):
     The channels are cut into P patches of G (channel d = p * G + g); a patch shares its weights with the other patches,
     while each of its G channels has its own. As a formula, with zeros outside the map:
     ``r[p, g, h, w'] = bias[g, w'] + sum over e in {-1, 0, 1} and w of weight[g, w', w, e + 1] * x[p, g, h + e, w]``,
-    which is a grouped convolution over (patch, row) whose channels are the pairs (g, w).
+    which is a grouped convolution over (patch, row) whose channels are the pairs (g, w). These e are those of a
+    strip width of 3, as published; with 5 they are -2 to 2, with 1 a row is mixed alone.
 
     Args:
         dim: channels D.
         size: tokens that are mixed, W for rows and H for columns.
         num_patches: patches P, a divisor of D.
         axis: ``"row"`` mixes along the rows as above, ``"column"`` along the columns (H and W change places).
-        strip_width: rows that a token sees, odd.
+        strip_width: rows that a token sees, its own in the middle, so odd.
     Shape: (B, D, H, W) -> (B, H, W, P, G), a view in the convolution's memory order, to be copied by ``cat_channels``.
     Raises:
-        ValueError: if ``num_patches`` does not divide ``dim``, or ``axis`` is unknown.
+        ValueError: if ``num_patches`` does not divide ``dim``, ``axis`` is unknown, or ``strip_width`` is even.
     """
 
     def __init__(self, dim: int, size: int, num_patches: int, axis: str, *, strip_width: int = 3) -> None:
@@ -70,6 +71,8 @@ class StripMLPLayer(nn.Module):
             raise ValueError(f"{dim} channels cannot be cut into {num_patches} patches; choose a divisor of {dim}")
         if axis not in ("row", "column"):
             raise ValueError(f"axis is {axis!r}; known: 'row', 'column'")
+        if strip_width < 1 or strip_width % 2 == 0:
+            raise ValueError(f"strip_width is {strip_width}; it must be odd and positive, such as 1, 3 or 5")
         self.num_patches = num_patches
         self.axis = axis
         tokens = dim // num_patches * size
@@ -105,18 +108,19 @@ class CGSMM(nn.Module):
         dim: channels D.
         size: (H, W) of the map.
         num_patches: patches P of the Strip MLP layers.
+        strip_width: rows (then columns) that a token sees, odd.
     Shape: (B, D, H, W) -> same.
     """
 
-    def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int) -> None:
+    def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int, *, strip_width: int = 3) -> None:
         super().__init__()
         height, width = to_2tuple(size)
         self.row_position = RelativePosition(dim, size)
-        self.row_mix = StripMLPLayer(dim, width, num_patches, "row")
+        self.row_mix = StripMLPLayer(dim, width, num_patches, "row", strip_width=strip_width)
         self.row_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
         self.norm = nn.BatchNorm2d(dim)
         self.column_position = RelativePosition(dim, size)
-        self.column_mix = StripMLPLayer(dim, height, num_patches, "column")
+        self.column_mix = StripMLPLayer(dim, height, num_patches, "column", strip_width=strip_width)
         self.column_fuse = nn.Conv2d(2 * dim, dim, 1, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -156,28 +160,49 @@ class LSMM(nn.Module):
         return torch.addcmul(torch.addcmul(w_tall * tall, w_wide, wide), w_v, v)  # w_tall tall + w_wide wide + w_v v
 
 
+TOKEN_MIXINGS = ("both", "cgsmm", "lsmm")
+
+
 class StripMixingBlock(nn.Module):
     """Token mixing (sec. 3.1): local convolution, projection, then CGSMM and LSMM on half of the channels each, fused.
+
+    For ablations, one of the two modules may work alone: the half of the other one then goes into the fusion as it is.
+    So nothing but that module is missing; every width stays, and parameters and computation fall by its share. How the
+    paper's own ablation was built is not known; giving all channels to one module would also double its width.
 
     Args:
         dim: channels C, even.
         size: (H, W) of the map.
         num_patches: patches P of the Strip MLP layers, a divisor of C / 2.
+        strip_width: strip width of these layers, odd.
+        token_mixing: ``"both"``, or the module that works alone, ``"cgsmm"`` or ``"lsmm"``.
     Shape: (B, C, H, W) -> same.
     Raises:
-        ValueError: if ``dim`` is odd, or ``num_patches`` does not divide C / 2.
+        ValueError: if ``dim`` is odd, ``num_patches`` does not divide C / 2, or ``token_mixing`` is unknown.
     """
 
-    def __init__(self, dim: int, size: int | tuple[int, int], num_patches: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        size: int | tuple[int, int],
+        num_patches: int,
+        *,
+        strip_width: int = 3,
+        token_mixing: str = "both",
+    ) -> None:
         super().__init__()
         if dim % 2 != 0:
             raise ValueError(f"{dim} channels cannot be split in two halves; choose an even number")
+        if token_mixing not in TOKEN_MIXINGS:
+            raise ValueError(f"token_mixing is {token_mixing!r}; known: {', '.join(map(repr, TOKEN_MIXINGS))}")
+        half = dim // 2
         self.norm1 = nn.BatchNorm2d(dim)
         self.dwconv = DepthwiseConv2d(dim, (3, 3))
         self.project = nn.Conv2d(dim, dim, 1)
         self.norm2 = nn.BatchNorm2d(dim)
-        self.cgsmm = CGSMM(dim // 2, size, num_patches)
-        self.lsmm = LSMM(dim // 2)
+        without_cgsmm, without_lsmm = token_mixing == "lsmm", token_mixing == "cgsmm"
+        self.cgsmm = nn.Identity() if without_cgsmm else CGSMM(half, size, num_patches, strip_width=strip_width)
+        self.lsmm = nn.Identity() if without_lsmm else LSMM(half)
         self.fuse = nn.Conv2d(dim, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,6 +241,8 @@ class StripMLPBlock(nn.Module):
         dim: channels C.
         size: (H, W) of the map.
         num_patches: patches P of the Strip MLP layers.
+        strip_width: strip width of these layers, odd.
+        token_mixing: ``"both"``, or the module of the strip mixing that works alone, ``"cgsmm"`` or ``"lsmm"``.
         mlp_ratio: hidden channels of the channel mixing over C (alpha in the paper).
         drop_path: probability that a sample skips a branch in training.
     Shape: (B, C, H, W) -> same.
@@ -227,11 +254,13 @@ class StripMLPBlock(nn.Module):
         size: int | tuple[int, int],
         num_patches: int,
         *,
+        strip_width: int = 3,
+        token_mixing: str = "both",
         mlp_ratio: float = 3,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.strip_mixing = StripMixingBlock(dim, size, num_patches)
+        self.strip_mixing = StripMixingBlock(dim, size, num_patches, strip_width=strip_width, token_mixing=token_mixing)
         self.channel_mixing = ChannelMixingBlock(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
 

@@ -75,6 +75,9 @@ def _build_strip_mlp(config: "CfgNode", num_classes: int) -> StripMLPNet:
         depths=strip.LAYERS,
         mlp_ratio=config.MODEL.ALPHA,
         num_patches=strip.NUM_PATCHES or None,  # 0 in the config is the published rule
+        strip_width=strip.STRIP_WIDTH,
+        token_mixing=strip.TOKEN_MIXING,
+        stage_skips=strip.STAGE_SKIPS,
         drop_path_schedule=config.MODEL.DROP_PATH_SCHEDULE,
         **_drop_rates(config),
     )

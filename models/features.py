@@ -23,8 +23,8 @@ from .resample import fit_weights
 
 logger = logging.getLogger(__name__)
 
-# What may be missing from a network that was pruned to its feature maps.
-_PRUNED = re.compile(r"(head|norm|stages\.\d+|merging\.\d+|skip_\d_to_\d)\.")
+# What may be gone from a network that was pruned to its feature maps.
+_PARTS = re.compile(r"(head|norm|stages\.\d+|merging\.\d+|skip_\d_to_\d)\.")
 
 
 class StripMLPFeatures(FeatureGetterNet):
@@ -48,8 +48,9 @@ class StripMLPFeatures(FeatureGetterNet):
             whole, changes = fit_weights(from_published(state_dict), self.model)
             for change in changes:
                 logger.warning("%s", change)
-            named = {f"model.{name}": value for name, value in whole.items()}
-            state_dict = {n: v for n, v in named.items() if n in own or not _PRUNED.match(n.removeprefix("model."))}
+            left = {name for name, part in self.model.named_modules() if not isinstance(part, nn.Identity)}
+            gone = {name for name in whole if (part := _PARTS.match(name)) and part[1] not in left}
+            state_dict = {f"model.{name}": value for name, value in whole.items() if name not in gone}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 

@@ -150,6 +150,13 @@ def downsample(dim: int, *, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(dim, 2 * dim, 2, stride=2, groups=groups, bias=False)
 
 
+class NoSkip(nn.Module):
+    """Stands in for a skip that is left out: returns a zero, which adds nothing. Shape: any -> ()."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(())
+
+
 def drop_path_rates(rate: float, depth: int, schedule: str) -> list[float]:
     """Return the DropPath rate of each of ``depth`` blocks.
 

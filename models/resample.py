@@ -89,8 +89,13 @@ def resample_cgsmm(state: Mapping[str, Tensor], new: Size) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def set_map_size(cgsmm: CGSMM, height: int, width: int) -> None:
-    """Turn a ``CGSMM`` into one for maps of another size; resampled weights are new parameters."""
+def set_map_size(module: nn.Module, height: int, width: int) -> None:
+    """Make each ``CGSMM`` in ``module`` one for maps of another size; resampled weights are new parameters."""
+    for cgsmm in (m for m in module.modules() if isinstance(m, CGSMM)):
+        _set_map_size(cgsmm, height, width)
+
+
+def _set_map_size(cgsmm: CGSMM, height: int, width: int) -> None:
     for name, value in resample_cgsmm(dict(cgsmm.named_parameters()), (height, width)).items():
         owner, _, leaf = name.rpartition(".")
         module = cgsmm.get_submodule(owner)

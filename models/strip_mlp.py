@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .blocks import StripMLPBlock
 from .checkpoint_compat import from_published
 from .features import StripMLPFeatures
-from .layers import checkpointed, downsample, drop_path_rates
+from .layers import NoSkip, checkpointed, downsample, drop_path_rates
 from .resample import resample_weights, set_map_size
 
 __all__ = ["StripMLPNet"]
@@ -108,7 +108,7 @@ class StripMLPNet(nn.Module):
     """The network (fig. 2): a patch embedding, four stages with merging between them, a linear head.
 
     Skips by grouped convolution, in the published code though not in the figure, carry the merged output of stage 1 to
-    stages 3 and 4, and that of stage 2 to stage 4.
+    stages 3 and 4, and that of stage 2 to stage 4. For ablations they can be left out, and the strip mixing changed.
 
     Args:
         img_size: (H, W) of the input, or one number for a square; multiples of 8 * patch_size. The strip mixing weights
@@ -120,6 +120,9 @@ class StripMLPNet(nn.Module):
         depths: blocks in each of the four stages.
         mlp_ratio: hidden channels of the channel mixing over C (alpha in the paper).
         num_patches: patches P in every stage; None follows the published rule (2 where 80 divides C, else 4).
+        strip_width: strip width of the Strip MLP layers, odd.
+        token_mixing: ``"both"``, or the module of each strip mixing block that works alone, ``"cgsmm"`` or ``"lsmm"``.
+        stage_skips: whether there are skips past stages.
         drop_rate: dropout before the head.
         drop_path_rate: probability that a sample skips a branch in training.
         drop_path_schedule: ``"constant"``, the rate in every block as published, or ``"linear"``, from 0 up to it.
@@ -142,6 +145,9 @@ class StripMLPNet(nn.Module):
         depths: Sequence[int] = (2, 2, 6, 2),
         mlp_ratio: float = 3,
         num_patches: int | None = None,
+        strip_width: int = 3,
+        token_mixing: str = "both",
+        stage_skips: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         drop_path_schedule: str = "constant",
@@ -159,6 +165,7 @@ class StripMLPNet(nn.Module):
             {"num_chs": dim, "reduction": patch_size * 2**stage, "module": f"stages.{stage}"}
             for stage, dim in enumerate(dims)
         ]
+        variant = {"mlp_ratio": mlp_ratio, "strip_width": strip_width, "token_mixing": token_mixing}
         rates = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_schedule))
         with nullcontext() if device is None else torch.device(device):
             self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, bias=False)
@@ -166,12 +173,11 @@ class StripMLPNet(nn.Module):
             for info, depth in zip(self.feature_info, depths, strict=True):
                 size = tuple(side // info["reduction"] for side in self.img_size)
                 patches = num_patches or published_num_patches(info["num_chs"])
-                block = partial(StripMLPBlock, info["num_chs"], size, patches, mlp_ratio=mlp_ratio)
+                block = partial(StripMLPBlock, info["num_chs"], size, patches, **variant)
                 self.stages.append(nn.Sequential(*(block(drop_path=next(rates)) for _ in range(depth))))
             self.merging = nn.ModuleList(downsample(dim) for dim in dims[:3])
-            self.skip_1_to_3 = downsample(dims[1], groups=dims[1])
-            self.skip_1_to_4 = downsample(dims[2], groups=dims[2])
-            self.skip_2_to_4 = downsample(dims[2], groups=dims[2])
+            skips = [downsample(dim, groups=dim) if stage_skips else NoSkip() for dim in (dims[1], dims[2], dims[2])]
+            self.skip_1_to_3, self.skip_1_to_4, self.skip_2_to_4 = skips
             self.norm = nn.BatchNorm2d(self.num_features)
             self.head_drop = nn.Dropout(drop_rate)
             self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
@@ -326,7 +332,7 @@ class StripMLPNet(nn.Module):
         self.img_size = image_sides(img_size, 8 * patch_size)
         for stage, blocks in enumerate(self.stages):
             for block in blocks:
-                set_map_size(block.strip_mixing.cgsmm, *(side // (patch_size * 2**stage) for side in self.img_size))
+                set_map_size(block.strip_mixing, *(side // (patch_size * 2**stage) for side in self.img_size))
         for kept in ("_traits", "_model_args"):  # what timm 1.0.31 and later keep of the size a model was made with
             if hasattr(self, kept):
                 setattr(self, kept, {**getattr(self, kept), "img_size": self.img_size})

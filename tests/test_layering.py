@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "utils.training": ("utils.runtime", "utils.config", "utils.errors"),
     "utils.checkpoint": ("utils.training", "utils.runtime", "utils.config", "utils.errors"),
     "utils.session": ("utils",),
+    "utils.assembly": ("utils", "data", "models"),
     "utils": (),
 }
 

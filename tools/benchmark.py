@@ -4,6 +4,7 @@
     python tools/benchmark.py model strip_mlp_tiny:inference --batch 1 16 --vs reference resnet50
     python tools/benchmark.py count strip_mlp_tiny reference resnet50 --precision bf16 --by operation
     python tools/benchmark.py loader --data-path <folder>
+    python tools/benchmark.py loader --small
     python tools/benchmark.py startup
     python tools/benchmark.py gpu --json gpu.json
     python tools/benchmark.py scaling --processes 1 2 --threads 1
@@ -30,9 +31,19 @@ from tools.bench.report import Report
 COMMANDS = {"model": model, "count": count, "loader": loader, "startup": startup, "gpu": gpu, "scaling": scaling}
 
 
+def device_name(text: str) -> torch.device:
+    """Return the device that a flag names; ``main`` looks whether it is there."""
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; name cpu or cuda") from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line: one subcommand per module, with the arguments common to all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
@@ -41,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--rounds", type=int, default=5, metavar="N", help="measurements of each candidate (default: 5)"
         )
         command.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch")
-        command.add_argument("--device", type=torch.device, default=device, help="cpu or cuda (default: %(default)s)")
+        command.add_argument("--device", type=device_name, default=device, help="cpu or cuda (default: %(default)s)")
         command.add_argument("--json", type=Path, metavar="FILE", help="also write everything to this file")
         module.add_arguments(command)
     return parser

@@ -35,9 +35,9 @@ from data import (
     list_images,
     part_of,
 )
-from tools.common import begin_worker
-from utils.errors import ImageReadError, RunError
-from utils.runtime import usable_cores
+from tools.common import begin_worker, output_path, run_tool, whole_number, write_bytes
+from utils.errors import ImageReadError
+from utils.runtime import printable, usable_cores
 
 _CHUNK = 64  # files per task
 _opened: list[FileSource | ShardSource] = []  # in a process of the pool, the source that it inspects
@@ -85,6 +85,8 @@ def open_sources(folder: str, channels: int) -> tuple[list[FileSource | ShardSou
     Raises:
         ValueError, OSError, RunError: there are no images, or no access to them.
     """
+    if not is_address(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{folder} is not a folder; name the one that holds the images or the shards")
     options: dict[str, Any] = {"as_array": True, "channels": channels}
     sets = [where for where in (folder, *(part_of(folder, part) for part in ("train", "val"))) if is_shard_set(where)]
     if sets:
@@ -100,28 +102,24 @@ def open_sources(folder: str, channels: int) -> tuple[list[FileSource | ShardSou
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line; return the exit status."""
+    return run_tool(_command, argv)
+
+
+def _command(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        sources, findings, remarks = open_sources(args.folder, args.channels)
-        count = len(findings) + sum(len(source.targets) for source in sources)
-        for source in sources:
-            findings += scan(source, workers=args.workers or usable_cores())
-    except (OSError, ValueError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    sources, findings, remarks = open_sources(args.folder, args.channels)
+    count = len(findings) + sum(len(source.targets) for source in sources)
+    for source in sources:
+        findings += scan(source, workers=args.workers or usable_cores())
     findings.sort(key=lambda finding: finding.path)
     bad = [finding for finding in findings if finding.bad]
     lines = [f"{finding.path}\t{finding.reason}\n" for finding in bad]
-    try:
-        args.output.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        print(f"error: cannot write --output {args.output}: {error.strerror}", file=sys.stderr)
-        return 2
+    write_bytes(args.output, "".join(lines).encode("utf-8", "surrogateescape"))
     for finding in findings:
-        print(f"{'bad' if finding.bad else 'suspicious'}: {finding.path}: {finding.reason}")
+        print(printable(f"{'bad' if finding.bad else 'suspicious'}: {finding.path}: {finding.reason}"))
     for remark in remarks:
-        print(remark)
+        print(printable(remark))
     suspicious = len(findings) - len(bad)
     print(f"{count} images: {len(bad)} bad, {suspicious} suspicious; list of bad files: {args.output}")
     return 1 if bad else 0
@@ -129,15 +127,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description="Decode every image of a folder and list the unreadable ones.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "folder", type=_place, help="folder with images, at any depth, or folder or address of shards: DATA.DATA_PATH"
     )
     parser.add_argument(
-        "--output", type=expanded_path, default=Path("bad_images.txt"), help="list (default: %(default)s)"
+        "--output", type=output_path, default="bad_images.txt", metavar="FILE", help="list (default: %(default)s)"
     )
-    parser.add_argument("--channels", type=int, default=3, help="MODEL.STRIP_MLP.IN_CHANS (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each usable core)")
+    parser.add_argument(
+        "--channels", type=whole_number(1, 1024), default=3, metavar="N", help="MODEL.STRIP_MLP.IN_CHANS (default: 3)"
+    )
+    parser.add_argument(
+        "--workers", type=whole_number(0, 1024), default=0, metavar="N", help="processes (default: one per usable core)"
+    )
     return parser
 
 

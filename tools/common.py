@@ -52,6 +52,9 @@ def run_tool(command: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return command(argv)
+    except BrokenPipeError:  # what reads the output has ended, as head does; what Python still holds of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except USER_ERRORS as error:
         print(f"error: {printable(str(error), keep_lines=True)}", file=sys.stderr)
         return 2
@@ -114,6 +117,17 @@ def make_folder(folder: Path, flag: str = "--output") -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(f"cannot write to {folder}; name another folder with {flag}")
     return folder
+
+
+def keep_inputs(inputs: Iterable[str | Path], outputs: Iterable[Path | None]) -> None:
+    """Refuse to write over a file that the command reads; an output of None is not written.
+
+    Raises:
+        ValueError: names the output.
+    """
+    for output in filter(None, outputs):
+        if any(os.path.realpath(output) == os.path.realpath(one) for one in inputs):
+            raise ValueError(f"{output} would replace a file that this command reads; name another file to write")
 
 
 def begin_worker() -> None:

@@ -64,18 +64,23 @@ class PairedTest:
     p_value: float
 
 
-def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> PairedTest:
-    """Compare which images two models have right: boolean (N,) each.
+def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Return the accuracy of a second model minus that of a first, and its paired bootstrap interval, in 0..1.
 
-    An image contributes -1, 0 or 1 to the difference, so drawing N images with replacement is drawing how many of each
-    kind there are.
+    Each model is boolean (S, N): which of N images it has right, in S trainings with different seeds. Images are drawn
+    with replacement; the trainings stay. Drawing N images is drawing how many have each mean difference.
     """
-    count = len(first)
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    kinds = np.array([only_first, only_second, count - only_first - only_second]) / count
-    drawn = np.random.default_rng(seed).multinomial(count, kinds, RESAMPLES)
+    gap = second.mean(axis=0) - first.mean(axis=0)
+    values, counts = np.unique(gap, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(gap), counts / len(gap), RESAMPLES) @ values / len(gap)
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile((drawn[:, 1] - drawn[:, 0]) / count, (tail, 100 - tail))
+    low, high = np.percentile(drawn, (tail, 100 - tail))
+    return float(gap.mean()), (float(low), float(high))
+
+
+def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> PairedTest:
+    """Compare which images two models have right: boolean (N,) each."""
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     differing = only_first + only_second
     p_value = float(binomtest(only_first, differing).pvalue) if differing else 1.0
-    return PairedTest(only_first, only_second, (only_second - only_first) / count, (float(low), float(high)), p_value)
+    return PairedTest(only_first, only_second, *paired_difference(first[None], second[None], seed), p_value)

@@ -13,11 +13,11 @@ from torch import nn
 
 from inference import Opened
 from models import StripMLPNet, timm_kwargs
-from utils.checkpoint import FORMAT_VERSION, METADATA_KEY
+from utils.checkpoint import FORMAT_VERSION, METADATA_KEY, WEIGHTS_FILE
 from utils.config import dump_config, input_shape, recipe_deviations
 from utils.runtime import atomic_file
 
-FILES = ["model.safetensors", "config.json", "README.md"]
+FILES = [WEIGHTS_FILE, "config.json", "README.md"]
 
 
 def description(opened: Opened, accuracy: dict[str, Any] | None) -> dict[str, Any]:
@@ -47,7 +47,8 @@ def architecture(opened: Opened) -> tuple[str, dict[str, Any]]:
         return model.pretrained_cfg["architecture"], args | timm_kwargs(opened.config.MODEL.TIMM_KWARGS)
     args |= {"img_size": opened.config.DATA.IMG_SIZE, "patch_size": strip.PATCH_SIZE, "embed_dim": strip.EMBED_DIM}
     args |= {"depths": list(strip.LAYERS), "mlp_ratio": opened.config.MODEL.ALPHA}
-    args |= {"num_patches": strip.NUM_PATCHES or None}
+    args |= {"num_patches": strip.NUM_PATCHES or None, "strip_width": strip.STRIP_WIDTH}
+    args |= {"token_mixing": strip.TOKEN_MIXING, "stage_skips": strip.STAGE_SKIPS}
     variants = {(80, 6): "tiny_light", (80, 12): "tiny", (96, 18): "small", (112, 18): "base"}
     return f"strip_mlp_{variants.get((strip.EMBED_DIM, strip.LAYERS[2]), 'tiny')}", args
 
@@ -78,7 +79,7 @@ def write_folder(opened: Opened, folder: Path, *, accuracy: dict[str, Any] | Non
     save_for_hf(model, folder, safe_serialization=True, **options)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     about = json.dumps(description(opened, accuracy), default=list)
-    with atomic_file(folder / "model.safetensors") as temporary:
+    with atomic_file(folder / WEIGHTS_FILE) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, {"format": "pt", METADATA_KEY: about}))
     if card:
         text = generate_readme(model_card(opened, accuracy), folder.name)

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import StringIO
@@ -60,28 +61,31 @@ def check(config: CfgNode, run: Run, args: argparse.Namespace, report: Report) -
     with report.part("batch"):
         config = batch_choices(config, world_size)[-1]  # with TRAIN.GLOBAL_BATCH, the smallest that a run may take
     _say("checking settings and data")
+    begun = time.monotonic()
     loaders = check_settings_and_data(config, run.device, world_size, report)
+    seconds_used = time.monotonic() - begun
     with report.part("images"):
         _say("reading a sample of the images")
         check_images(config, loaders, args.sample, report)
     with report.part("recipe"):
         work_out_recipe(config, loaders[0], world_size, report)
-    with report.part("disk"):
-        check_disk(config, 1 if loaders[0] is None else len(loaders[0].dataset.classes), report)
     if args.seconds <= 0 or not is_measurable(loaders, report):
         report.row("not measured", "--seconds 0" if args.seconds <= 0 else "see what fails below")
-        return
-    with report.part("measuring"):
-        forecast(
-            config,
-            run,
-            loaders,
-            report,
-            world_size=world_size,
-            seconds=args.seconds,
-            allow_change=args.allow_change,
-            say=_say,
-        )
+    else:
+        with report.part("measuring"):
+            forecast(
+                config,
+                run,
+                loaders,
+                report,
+                world_size=world_size,
+                seconds=args.seconds,
+                seconds_used=seconds_used,
+                allow_change=args.allow_change,
+                say=_say,
+            )
+    with report.part("disk"):  # last: a time budget becomes a number of epochs by what is measured
+        check_disk(config, 1 if loaders[0] is None else len(loaders[0].dataset.classes), report)
 
 
 @contextmanager
@@ -115,10 +119,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print findings and figures as JSON instead of a table")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=seconds,
         default=10.0,
         metavar="S",
-        help="length of each of four trials; 0 = only check (default: 10)",
+        help="length of each of three trials; 0 = only check (default: 10)",
     )
     parser.add_argument(
         "--sample",
@@ -127,6 +131,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images to read of training and of validation (default: 500)",
     )
+
+
+def seconds(text: str) -> float:
+    """Return a length of time of the command line, up to an hour.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 3600:  # false for nan
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 3600")
+    return value
 
 
 def _say(text: str) -> None:

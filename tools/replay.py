@@ -30,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from data import ImageDataset, build_batch_transform, build_dataset, collate
 from main import accumulate_gradients
 from models import accelerate, build_model, from_published
+from tools.common import run_tool, whole_number, working
 from utils.checkpoint import load_teacher, read_training_state
 from utils.config import parse_config
-from utils.errors import CheckpointError, RunError
-from utils.runtime import set_random_state, torch_random_state
+from utils.errors import CheckpointError
+from utils.runtime import printable, select_device, set_random_state, torch_random_state
 from utils.session import Objective
 from utils.training import Progress, build_criterion, build_precision, class_weights
 
@@ -134,13 +135,14 @@ class Replay:
     Args:
         path: the dump.
         data_path: where the data are now; None takes the run's place.
-        device: 'cpu' or 'cuda'.
+        device: 'cpu' or 'cuda'; None takes the GPU if there is one.
 
     Raises:
-        CheckpointError, ValueError, FileNotFoundError: the file or its data cannot be used.
+        RunError, CheckpointError, ValueError, FileNotFoundError: the file or its data cannot be used.
     """
 
-    def __init__(self, path: Path, *, data_path: str | None, device: str) -> None:
+    def __init__(self, path: Path, *, data_path: str | None, device: str | None) -> None:
+        self.device = select_device(device)
         self.payload = read_training_state(path)
         self.records = self.payload.get("update")
         if not self.records:
@@ -154,7 +156,6 @@ class Replay:
                 "TRAIN.SYNC_BN was on: the processes' shares depend on each other and cannot be repeated "
                 "one after another"
             )
-        self.device = torch.device(device)
         self.dataset = build_dataset(self.config, is_train=True)
         self.model = accelerate(build_model(self.config, len(self.dataset.classes)).to(self.device), self.device)
         self.model.no_sync = nullcontext  # as of the distributed wrapper; one process has nothing to reduce
@@ -259,7 +260,7 @@ def report(replay: Replay, shares: list[Share], norm: float, *, shown: int) -> b
             print(f"    {share.suspect}")
         worst = sorted(share.samples, key=lambda sample: -sample[2] if math.isfinite(sample[2]) else -math.inf)
         for index, name, loss in worst[:shown]:
-            print(f"    loss {loss:10.4g}  {name} (index {index})")
+            print(f"    loss {loss:10.4g}  {printable(name)} (index {index})")
     verdict, same = compare(first["grad_norm"], norm)
     print(f"gradient norm: {norm!r}, in the run {first['grad_norm']!r}: {verdict}")
     bad = [name for name, parameter in replay.model.named_parameters() if not torch.isfinite(parameter.grad).all()]
@@ -270,27 +271,32 @@ def report(replay: Replay, shares: list[Share], norm: float, *, shown: int) -> b
     return repeated and same
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; return the exit code."""
-    parser = argparse.ArgumentParser(description="Repeat the update at which a run gave up.")
+def command(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    args = build_parser().parse_args(argv)
+    replay = Replay(args.dump, data_path=args.data_path, device=args.device)
+    with working("repeating the update"):
+        shares, norm = replay.run()
+    return 0 if report(replay, shares, norm, shown=args.samples) else 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("dump", type=Path, help="nonfinite_step_N.pth in the run's output folder")
     parser.add_argument("--data-path", help="where the data are now (default: where the run read them)")
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: %(default)s; only the run's kind of device repeats it to the last bit",
+        help="default: the GPU if there is one; only the run's kind of device repeats it to the last bit",
     )
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="samples to name for each process")
-    args = parser.parse_args(argv)
-    try:
-        replay = Replay(args.dump, data_path=args.data_path, device=args.device)
-        shares, norm = replay.run()
-    except (CheckpointError, RunError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0 if report(replay, shares, norm, shown=args.samples) else 1
+    parser.add_argument(
+        "--samples", type=whole_number(0, 1_000_000), default=4, metavar="N", help="samples to name (%(default)s)"
+    )
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(command))

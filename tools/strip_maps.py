@@ -23,12 +23,19 @@ def draw_strips(model: StripMLPNet) -> Figure:
     maps = []
     for stage, cgsmm in last_blocks(model):
         for line, layer in (("row", cgsmm.row_mix), ("column", cgsmm.column_mix)):
-            weight = layer.mix.weight.detach().cpu().squeeze(2)  # (G * W', W, 1, 3) -> (G * W', W, 3)
-            means = weight.unflatten(0, (layer.mix.groups, -1)).abs().mean(dim=0)  # -> (G, W', W, 3) -> (W', W, 3)
-            names = (f"{line} before", f"own {line}", f"{line} after")
-            parts = zip(names, means.unbind(2), strict=True)
+            weight = layer.mix.weight.detach().cpu().squeeze(2)  # (G * W', W, 1, E) -> (G * W', W, E), E strip width
+            means = weight.unflatten(0, (layer.mix.groups, -1)).abs().mean(dim=0)  # -> (G, W', W, E) -> (W', W, E)
+            parts = zip(strip_names(line, means.shape[2]), means.unbind(2), strict=True)
             maps += [Map(f"{stage}, {name}: 0 to {means.max():.2g}", part, means.max().item()) for name, part in parts]
-    return draw_maps(maps, 6, "viridis", "Strip weights: output (down) by input token (across), from dark to bright")
+    title = "Strip weights: output (down) by input token (across), from dark to bright"
+    return draw_maps(maps, len(maps) // len(model.stages), "viridis", title)
+
+
+def strip_names(line: str, width: int) -> list[str]:
+    """Return what each row (or column) of a strip is to a token, in order."""
+    reach = width // 2
+    lines = [line if distance == 1 else f"{distance} {line}s" for distance in range(1, reach + 1)]
+    return [*(f"{one} before" for one in reversed(lines)), f"own {line}", *(f"{one} after" for one in lines)]
 
 
 def draw_positions(model: StripMLPNet) -> Figure:
@@ -44,9 +51,16 @@ def draw_positions(model: StripMLPNet) -> Figure:
 
 
 def last_blocks(model: StripMLPNet) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the name of each stage, and the strip mixing along rows and columns of its last block."""
+    """Yield the name of each stage, and the strip mixing along rows and columns of its last block.
+
+    Raises:
+        ValueError: if the network has none.
+    """
     for number, stage in enumerate(model.stages, start=1):
-        yield f"stage {number}", stage[-1].strip_mixing.cgsmm
+        cgsmm = stage[-1].strip_mixing.cgsmm
+        if isinstance(cgsmm, nn.Identity):
+            raise ValueError("the network has no strips to draw: MODEL.STRIP_MLP.TOKEN_MIXING is lsmm")
+        yield f"stage {number}", cgsmm
 
 
 def draw_maps(maps: Sequence[Map], columns: int, colours: str, title: str, *, signed: bool = False) -> Figure:

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import re
 import shutil
 import time
@@ -9,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from utils.checkpoint import CheckpointStore, capture, restore
@@ -30,7 +33,6 @@ from utils.runtime import (
 )
 from utils.session import Batch, Session
 from utils.training import (
-    POLL_BATCHES,
     Costs,
     EvalResult,
     TimeBudget,
@@ -52,8 +54,8 @@ GPU_SHARE = 0.92  # of a GPU's memory that two updates may take: the rest is for
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 REHEARSAL_SHARE, REHEARSAL_SECONDS = 0.04, 60.0  # of the time budget, and at most, for measuring updates
-WARM_UPDATES, LEAST_UPDATES = 3, 4  # before measuring, and measured
-SHORT_SECONDS = 2.0  # what takes less is measured twice
+WARM_UPDATES, LEAST_UPDATES = 3, 4  # before measuring, and measured; fewer where they take too long:
+PATIENCE = 3  # a measurement ends when it has taken so many times as long as it should
 
 
 @contextmanager
@@ -168,10 +170,10 @@ class _Stopwatch:
 
     save_due = False
 
-    def begin(self, seconds: float, least: int) -> None:
-        """Begin a measurement that takes ``seconds`` and has at least ``least`` parts."""
+    def begin(self, seconds: float, *, least: int = 0, most: float = math.inf) -> None:
+        """Begin a measurement of ``seconds`` with at least ``least`` parts, unless these take more than ``most``."""
         self.began, self.polls, self.agreed = time.perf_counter(), 0, ""
-        self._seconds, self._least = seconds, least
+        self._seconds, self._least, self._most = seconds, least, most
 
     @property
     def seconds(self) -> float:
@@ -181,7 +183,7 @@ class _Stopwatch:
     def poll(self) -> str:
         """Return a text if enough is measured. Collective: rank 0 decides."""
         self.polls += 1
-        enough = self.polls >= self._least and self.seconds >= self._seconds
+        enough = (self.polls >= self._least and self.seconds >= self._seconds) or self.seconds >= self._most
         self.agreed = "measured" if broadcast_object(enough) else ""
         return self.agreed
 
@@ -214,6 +216,7 @@ def rehearse(
     *,
     train_one_epoch: Callable[[DistributedDataParallel, TrainState, Session], dict[str, Any]],
     validate: Callable[[TrainState, Session], EvalResult | None],
+    seconds: float | None = None,
 ) -> Costs:
     """Measure what the parts of a run take, and put the new ``state`` back as it was, to the bit. Collective.
 
@@ -223,11 +226,13 @@ def rehearse(
         model, state: as built; no update was done.
         session: of the run.
         train_one_epoch, validate: of ``main.py``.
+        seconds: for measuring updates, and again for the evaluation; None: what the time budget allows.
 
     Returns:
         What rank 0 measured, on all processes.
     """
-    seconds = min(session.budget.seconds * REHEARSAL_SHARE, REHEARSAL_SECONDS)
+    if seconds is None:
+        seconds = min(session.budget.seconds * REHEARSAL_SHARE, REHEARSAL_SECONDS)
     before = tree_map(lambda leaf: leaf.detach().cpu().clone() if torch.is_tensor(leaf) else leaf, capture(state, {}))
     with without_trace(), _folder(session.run) as run:
         others = {one.name: getattr(session, one.name) for one in fields(Session)}
@@ -242,9 +247,13 @@ def rehearse(
             }
         )
         row, update, start = _time_updates(partial(train_one_epoch, model, state, rehearsal), state, rehearsal, seconds)
-        evaluation, result = _time_evaluation(partial(validate, state, rehearsal), rehearsal, seconds)
+        evaluation, result = _time_evaluation(partial(validate, state), rehearsal, seconds)
         row = {"epoch": 1, "step": 1, "lr": state.learning_rate, "best_acc1": 0.0, **row}
-        records = _seconds(lambda: record_epoch(run.output_dir, row, result) if run.is_main else None)
+        for _ in range(2):  # the first one loads what draws the curves
+            began = time.perf_counter()
+            if run.is_main:
+                record_epoch(run.output_dir, row, result)
+            records = time.perf_counter() - began
         began = time.perf_counter()
         rehearsal.save(state, background=True)  # what training waits for
         save = time.perf_counter() - began
@@ -276,8 +285,8 @@ def _time_updates(
 ) -> tuple[dict[str, Any], float, float]:
     """Return (figures of the last pass, seconds of an update, seconds that the start of an epoch takes besides)."""
     watch, passes = rehearsal.stop, []
-    for length, least in ((0.0, WARM_UPDATES), (seconds, LEAST_UPDATES)):
-        watch.begin(length, least)
+    for length, least, most in ((0.0, WARM_UPDATES, seconds), (seconds, LEAST_UPDATES, PATIENCE * seconds)):
+        watch.begin(length, least=least, most=most)
         passes.clear()
         while not watch.agreed:
             began, polls = time.perf_counter(), watch.polls
@@ -293,33 +302,43 @@ def _time_updates(
     return row, update, max(0.0, sum(firsts) / len(passes) - update)
 
 
+class _Beginning:
+    """The first batches of an evaluation loader, as ``evaluate`` takes a loader; it is its own data set.
+
+    Args:
+        loader: of this process's share.
+        batches: how many, of each process; at most all.
+        world_size: number of processes.
+    """
+
+    def __init__(self, loader: DataLoader, batches: int, world_size: int) -> None:
+        self._loader, self._world_size = loader, world_size
+        self.batches = min(batches, len(loader))
+        self.dataset, self.classes, self.batch_size = self, loader.dataset.classes, loader.batch_size
+
+    def __len__(self) -> int:
+        return min(len(self._loader.dataset), self.batches * self.batch_size * self._world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(self._loader, self.batches)
+
+
 def _time_evaluation(
-    validate: Callable[[], EvalResult | None], rehearsal: Rehearsal, seconds: float
-) -> tuple[float, EvalResult | None]:
-    """Return (seconds of a whole evaluation, its result if it was run to its end)."""
-    watch, result, measured = rehearsal.stop, None, 0.0
-
-    def evaluate() -> None:
-        nonlocal result, measured
-        watch.begin(seconds, 2)
-        result = validate()
-        _wait_for(rehearsal.run.device)
-        batches = len(rehearsal.val_loader) if result is not None else (watch.polls - 1) * POLL_BATCHES
-        measured = watch.seconds * len(rehearsal.val_loader) / max(1, batches)
-
-    _seconds(evaluate)
-    return measured, result
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    """Return what ``action`` takes: its second time where it is short, as the first one loads what it needs."""
+    validate: Callable[[Session], EvalResult | None], rehearsal: Rehearsal, seconds: float
+) -> tuple[float, EvalResult]:
+    """Return (seconds of a whole evaluation, result of a part), from one batch, then from as many as fit the time."""
+    rehearsal.stop.begin(math.inf)
+    batches = 1
     for _ in range(2):
+        part = _Beginning(rehearsal.val_loader, batches, rehearsal.run.world_size)
         began = time.perf_counter()
-        action()
-        seconds = time.perf_counter() - began
-        if not broadcast_object(seconds < SHORT_SECONDS):
+        result = validate(replace(rehearsal, val_loader=part))
+        _wait_for(rehearsal.run.device)
+        spent = time.perf_counter() - began
+        batches = broadcast_object(int(seconds / spent))
+        if not batches:
             break
-    return seconds
+    return spent * len(rehearsal.val_loader) / part.batches, result
 
 
 def _wait_for(device: torch.device) -> None:

@@ -253,7 +253,7 @@ class Session(Objective):
         """
         if not self.run.is_main:
             return
-        room = Room.of(self.config, self.run.output_dir, state_bytes(state))
+        room = Room.of(self.config, self.run.output_dir, state_bytes(state), epochs=self.epochs)
         if not room.fits_one:
             raise RunError(room.problem)
         if room.problem:

@@ -1,4 +1,4 @@
-"""Crop and resize pictures that may be arrays: the pixels of timm and torchvision with fewer copies.
+"""Crop, mirror and resize pictures that may be arrays: the pixels of timm and torchvision with fewer copies.
 
 A crop is cut out of the decoded array before anything is copied. ``pil_resize`` gives the published pixels;
 ``torch_resize`` is several times as fast and differs by rounding.
@@ -36,6 +36,40 @@ class ResizedCrop:
         shape_only = torch.empty((0, height, width))  # get_params reads nothing but the size
         box = self._crop.get_params(shape_only, self._crop.scale, self._crop.ratio)
         return _resize_part(picture, box, self._crop.size, self._interpolation, self._resize)
+
+
+class PaddedCrop:
+    """Random crop of an array with a black border: the random numbers and the pixels of torchvision's RandomCrop.
+
+    Args:
+        size: (H, W) in pixels, of the array and of the crop.
+        padding: width of the border in pixels.
+    """
+
+    def __init__(self, size: tuple[int, int], *, padding: int) -> None:
+        self._size = size
+        self._padding = padding
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        (height, width), padding = self._size, self._padding
+        padded = np.zeros((height + 2 * padding, width + 2 * padding, pixels.shape[2]), np.uint8)
+        padded[padding : padding + height, padding : padding + width] = pixels
+        top, left = torch.randint(2 * padding + 1, (2,)).tolist()
+        return _cut(padded, top, left, height, width)
+
+
+class RandomMirror:
+    """torchvision's RandomHorizontalFlip for pictures that may be arrays: the same random numbers."""
+
+    def __init__(self, probability: float) -> None:
+        self._probability = probability
+
+    def __call__(self, picture: Picture) -> Picture:
+        if torch.rand(1) >= self._probability:
+            return picture
+        if isinstance(picture, Image.Image):
+            return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return _as_tensor(picture).flip(1).numpy()  # torch mirrors interleaved channels ten times as fast as numpy
 
 
 class EvalResize:
@@ -78,7 +112,7 @@ class EvalResize:
         """Return what the pixels depend on besides the picture, for the name of a file that keeps them."""
         library = f"Pillow {PIL.__version__}"
         if self.resize is torch_resize:
-            library = f"torch {torch.__version__} in the order of {library}, large JPEG files decoded at a smaller size"
+            library = f"torch {torch.__version__} in the order of {library}, large JPEG files decoded small"
         return {
             "size": self.size,
             "short_side": self.short_side,
@@ -106,23 +140,23 @@ def _resize_part(
 ) -> Picture:
     """Resize the box (top, left, height, width) of a picture to ``target`` = (height, width).
 
-    A JPEG file that is not decoded yet is decoded as small as leaves the box at least twice as large as ``target``. The
-    box then begins and ends between two pixels, which Pillow's resize takes into account. The pixels differ from those
-    of the whole picture by 0.3/255 to 0.5/255 on average (docs/PERFORMANCE.md).
+    A JPEG file that is not decoded yet is decoded as small as leaves the box at least twice as large as ``target``.
+    Where the box then begins or ends between two pixels, Pillow's resize takes that into account. The pixels differ
+    from those of the whole picture by 0.3/255 to 0.5/255 on average (docs/PERFORMANCE.md).
     """
     top, left, height, width = box
     if isinstance(picture, ScalableJpeg):
         reductions = (r for r in ScalableJpeg.REDUCTIONS if height >= 2 * r * target[0] and width >= 2 * r * target[1])
         reduction = next(reductions, 1)
         picture = picture.decode(reduction)
-        if reduction > 1:
-            edges = [edge / reduction for edge in (left, top, left + width, top + height)]
-            first_column, first_row = int(edges[0]), int(edges[1])
-            rows, columns = math.ceil(edges[3]) - first_row, math.ceil(edges[2]) - first_column
-            part = as_image(_cut(picture, first_row, first_column, rows, columns))  # what lies outside has no influence
-            edges = [edge - start for edge, start in zip(edges, (first_column, first_row) * 2, strict=True)]
+        edges = [edge / reduction for edge in (left, top, left + width, top + height)]
+        left, top = int(edges[0]), int(edges[1])
+        height, width = math.ceil(edges[3]) - top, math.ceil(edges[2]) - left
+        if not all(edge.is_integer() for edge in edges):
+            part = as_image(_cut(picture, top, left, height, width))  # what lies outside has no influence
+            edges = [edge - start for edge, start in zip(edges, (left, top) * 2, strict=True)]
             return part.resize(target[::-1], str_to_pil_interp(interpolation), box=edges)
-    part = _cut(picture, *box)
+    part = _cut(picture, top, left, height, width)
     return part if _size(part) == target else resize(part, target, interpolation)
 
 
@@ -154,12 +188,15 @@ def torch_resize(picture: Picture, size: tuple[int, int], interpolation: str) ->
     0.3 % of the values differ from Pillow's, by 2/255 at most, by 0.003/255 on average.
     """
     pixels = as_pixels(picture)
-    pixels = pixels if pixels.flags.writeable else pixels.copy()  # torch takes no read-only memory
     # (H, W, C) -> (1, C, H, W); the batch's stride is right too, or torch would not answer in channels_last order
-    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    image = _as_tensor(pixels)[None].permute(0, 3, 1, 2)
     if _rows_first(pixels.shape[:2], size):
         image = _interpolate(image, (size[0], image.shape[3]), interpolation)
     return _interpolate(image, size, interpolation)[0].permute(1, 2, 0).numpy()  # (1, C, H, W) -> (H, W, C)
+
+
+def _as_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())  # torch takes no read-only memory
 
 
 def _interpolate(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

@@ -8,7 +8,6 @@ the crop out of the decoded array, and draws the same random numbers in the same
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor
@@ -17,7 +16,17 @@ from yacs.config import CfgNode
 
 from data.images.decode import Picture
 from data.images.posterize import allow_zero_bits
-from data.images.resize import EvalResize, Resize, ResizedCrop, as_image, as_pixels, pil_resize, torch_resize
+from data.images.resize import (
+    EvalResize,
+    PaddedCrop,
+    RandomMirror,
+    Resize,
+    ResizedCrop,
+    as_image,
+    as_pixels,
+    pil_resize,
+    torch_resize,
+)
 from utils.config import SMALL, as_pair, normalisation, short_side, trains
 from utils.runtime import seeded_streams
 
@@ -68,39 +77,31 @@ def check_transform(config: CfgNode) -> None:
 def _reference_train(config: CfgNode) -> Transform:
     built = _timm_train(config, use_prefetcher=False)
     if _is_small(config):
-        built.transforms[:1] = _small_crop(config)
+        crop = transforms.RandomCrop(as_pair(config.DATA.IMG_SIZE), padding=_CROP_PADDING)
+        built.transforms[:1] = [_eval_resize(config, pil_resize), as_image, crop]
     return built
 
 
 def _fast_train(config: CfgNode, resize: Resize) -> Transform:
-    stages = _timm_train(config, use_prefetcher=True).transforms[:-1]  # without the conversion to a tensor
-    if _is_small(config):
-        stages[:1] = _small_crop(config)
-    else:
-        stages[:1] = [ResizedCrop(stages[0], resize=resize), as_image]
-    return transforms.Compose([*stages, as_pixels])
+    crop, *stages = _timm_train(config, use_prefetcher=True).transforms[:-1]  # without the conversion to a tensor
+    first = _small_crop(config, pil_resize) if _is_small(config) else [ResizedCrop(crop, resize=resize)]
+    if stages and isinstance(stages[0], transforms.RandomHorizontalFlip):
+        first.append(RandomMirror(stages.pop(0).p))
+    return transforms.Compose([*first, *([as_image, *stages] if stages else []), _to_array])
 
 
 def _band_train(config: CfgNode, resize: Resize) -> Transform:
     """Return crop and mirroring for images that are neither RGB nor grey, which Pillow cannot hold."""
     data, aug = config.DATA, config.AUG
-    flip = transforms.RandomHorizontalFlip(aug.HFLIP)
-    if _is_small(config):
-        fit = _eval_resize(config, resize)
-        crop = transforms.RandomCrop(as_pair(data.IMG_SIZE), padding=_CROP_PADDING)
-        return transforms.Compose([fit, _to_tensor, crop, flip, _to_array])
     crop = RandomResizedCropAndInterpolation(
         as_pair(data.IMG_SIZE), scale=tuple(aug.SCALE), ratio=tuple(aug.RATIO), interpolation=data.INTERPOLATION
     )
-    return transforms.Compose([ResizedCrop(crop, resize=resize), _to_tensor, flip, _to_array])
+    first = _small_crop(config, resize) if _is_small(config) else [ResizedCrop(crop, resize=resize)]
+    return transforms.Compose([*first, RandomMirror(aug.HFLIP), _to_array])
 
 
-def _to_tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
-
-
-def _to_array(image: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (C, H, W) -> (H, W, C)
+def _to_array(picture: Picture) -> np.ndarray:
+    return np.ascontiguousarray(as_pixels(picture))
 
 
 def _is_small(config: CfgNode) -> bool:
@@ -130,10 +131,9 @@ def _timm_train(config: CfgNode, *, use_prefetcher: bool) -> transforms.Compose:
     return built
 
 
-def _small_crop(config: CfgNode) -> list[Callable]:
+def _small_crop(config: CfgNode, resize: Resize) -> list[Callable]:
     """Return the stages of a random crop of the padded image; images of another size are resized first."""
-    crop = transforms.RandomCrop(as_pair(config.DATA.IMG_SIZE), padding=_CROP_PADDING)
-    return [_eval_resize(config, pil_resize), as_image, crop]
+    return [_eval_resize(config, resize), PaddedCrop(as_pair(config.DATA.IMG_SIZE), padding=_CROP_PADDING)]
 
 
 def _eval_resize(config: CfgNode, resize: Resize) -> EvalResize:

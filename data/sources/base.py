@@ -194,6 +194,10 @@ class ArraySource:
         self._title = title
         self.as_array, self.channels = as_array, channels
 
+    def keep(self, indices: np.ndarray) -> None:
+        """Leave out all images but those of ``indices``."""
+        self.images, self.targets = self.images[indices], self.targets[indices]
+
     def name(self, index: int) -> str:
         return f"{self._title}[{index}]"
 

@@ -1,13 +1,14 @@
-"""A part of the training images that is held out for validation, where there is no validation set: DATA.HOLDOUT.
+"""Parts of the training images: those held out for validation (DATA.HOLDOUT), and the share trained on.
 
 Of each class, the images that come first in the order of a hash of seed and path are held out: the same everywhere,
 whatever the order of the files, and hardly different where images are added. The list is stored in the run's folder,
 and decides from then on: images that are added later are trained on, and nothing moves from one part to the other.
+DATA.TRAIN_SHARE takes a part of the training images in the order of another hash.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from data.dataset import ImageDataset
-from data.sources.base import FileSource
+from data.sources.base import ArraySource, FileSource
 from data.sources.listing import some
 from utils.config import run_folder
 from utils.runtime import write_text_atomic
@@ -74,6 +75,15 @@ def hold_out(source: FileSource, config: CfgNode, *, is_train: bool) -> None:
     source.keep(np.flatnonzero([(name in held_out) != is_train for name in names]))
 
 
+def keep_share(source: FileSource | ArraySource, config: CfgNode) -> None:
+    """Leave DATA.TRAIN_SHARE of each class in a source of training images, rounded, at least one image."""
+    names = [_relative(source.name(index), config) for index in range(len(source.targets))]
+    kept = set()
+    for members in _by_class(names, source.targets, f"share\0{config.SEED}"):
+        kept.update(members[: max(1, round(config.DATA.TRAIN_SHARE * len(members)))])
+    source.keep(np.flatnonzero([name in kept for name in names]))
+
+
 def choose(names: Sequence[str], targets: np.ndarray, classes: Sequence[str], share: float, seed: int) -> list[str]:
     """Return the names that are held out: of each class ``share``, rounded, at least one image and never all.
 
@@ -95,13 +105,18 @@ def choose(names: Sequence[str], targets: np.ndarray, classes: Sequence[str], sh
             f"{some(single)}; add images, or remove these classes"
         )
     held_out = []
-    for label in np.flatnonzero(counts):
-        members = sorted(
-            (names[index] for index in np.flatnonzero(targets == label)),
-            key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode(errors="surrogateescape")).digest(),
-        )
+    for members in _by_class(names, targets, str(seed)):
         held_out += members[: min(max(1, round(share * len(members))), len(members) - 1)]
     return held_out
+
+
+def _by_class(names: Sequence[str], targets: np.ndarray, salt: str) -> Iterator[list[str]]:
+    """Yield the names of each class that has images, in the order of a hash of salt and name."""
+    for label in np.unique(targets):
+        yield sorted(
+            (names[index] for index in np.flatnonzero(targets == label)),
+            key=lambda name: hashlib.sha256(f"{salt}\0{name}".encode(errors="surrogateescape")).digest(),
+        )
 
 
 def held_out_images(config: CfgNode, val_dataset: ImageDataset) -> HeldOut | None:

@@ -69,6 +69,8 @@ class SquareDepthwiseConv2d(DepthwiseConv2d):
 class ProductStripMLPLayer(StripMLPLayer):
     """``StripMLPLayer`` as one matrix product for each of the G groups: (rows of windows, K) x (K, outputs).
 
+    Where a strip reaches beyond the windows next to its own, the convolution stays.
+
     In compiled code alone: outside it, the many small operations keep the host busy for longer than they save.
     """
 
@@ -79,15 +81,18 @@ class ProductStripMLPLayer(StripMLPLayer):
 
     def product(self, x: Tensor) -> Tensor:
         """Return what ``forward`` returns, as a matrix product."""
+        height, width = x.shape[2:] if self.axis == "row" else x.shape[:1:-1]
+        windows, rows, padded = _windows(height, width)
+        reach = self.mix.weight.shape[3] // 2 if windows > 1 else 0  # rows that a window sees beyond its own
+        if reach > rows:
+            return StripMLPLayer.forward(self, x)
         x = split_patches(x, self.num_patches)  # (B, D, H, W) -> (B, H, W, P, G)
         if self.axis == "column":
             x = x.transpose(1, 2)
-        batch, height, width, patches, groups = x.shape
-        windows, rows, padded = _windows(height, width)
+        batch, patches, groups = len(x), *x.shape[3:]
         x = x.permute(4, 0, 3, 1, 2)  # (B, H, W, P, G) -> (G, B, P, H, W)
         if padded > height:
             x = F.pad(x, (0, 0, 0, padded - height))
-        reach = self.mix.weight.shape[3] // 2 if windows > 1 else 0  # rows that a window sees beyond its own
         x = x.unflatten(3, (windows, rows))  # (G, B, P, H, W) -> (G, B, P, N, R, W)
         if reach:
             x = _with_neighbours(x, reach)

@@ -59,7 +59,7 @@ class InferenceStripMLP(nn.Module):
         self.img_size, self.in_chans, self.num_classes = model.img_size, model.in_chans, model.num_classes
         self.global_pool = model.global_pool
         self.patch_embed = _frozen(model.patch_embed)
-        self.stages = nn.ModuleList(nn.ModuleList(_FoldedBlock(block) for block in stage) for stage in model.stages)
+        self.stages = nn.ModuleList(nn.ModuleList(map(_folded_block, stage)) for stage in model.stages)
         self.merging = nn.ModuleList(_frozen(layer) for layer in model.merging)
         self.skip_1_to_3, self.skip_1_to_4 = _frozen(model.skip_1_to_3), _frozen(model.skip_1_to_4)
         self.skip_2_to_4 = _frozen(model.skip_2_to_4)
@@ -123,6 +123,11 @@ def _run(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
+def _folded_block(block: StripMLPBlock) -> nn.Module:
+    whole = isinstance(block.strip_mixing.cgsmm, CGSMM)
+    return _FoldedBlock(block) if whole else _FoldedBlockWithoutCGSMM(block)
+
+
 class _FoldedBlock(nn.Module):
     """Inference form of a ``StripMLPBlock``. Shape: (B, C, H, W) -> same."""
 
@@ -135,7 +140,8 @@ class _FoldedBlock(nn.Module):
         like = mixing.project.weight
         scale, shift = _affine(mixing.norm1)
         _store(self, like, norm_scale=scale.view(1, -1, 1, 1), norm_shift=shift.view(1, -1, 1, 1))
-        self.dwconv, self.lsmm = _conv(mixing.dwconv), _FoldedLSMM(mixing.lsmm)
+        self.dwconv = _conv(mixing.dwconv)
+        self.lsmm = _FoldedLSMM(mixing.lsmm) if isinstance(mixing.lsmm, LSMM) else _frozen(mixing.lsmm)
         scale, shift = _affine(mixing.norm2)
         weight, bias = _matrix(mixing.project.weight), mixing.project.bias.double()
         self.project = _linear(like, scale[:, None] * weight, scale * bias + shift, gelu=True)
@@ -175,11 +181,13 @@ class _FoldedBlock(nn.Module):
         x = gelu_(torch.addcmul(self.norm_shift.to(residual.dtype), residual, self.norm_scale.to(residual.dtype)))
         x = self.project(self.dwconv(x))
         u, v = x.chunk(2, dim=1)  # (B, C, H, W) -> 2 x (B, D, H, W)
-        v = self.lsmm(channels_last(v))
+        return self._fused(u, self.lsmm(channels_last(v))).add_(residual)
+
+    def _fused(self, u: Tensor, v: Tensor) -> Tensor:
+        """Return the CGSMM of ``u`` and the LSMM's output ``v`` fused, 2 x (B, D, H, W) -> (B, C, H, W)."""
         u_patches, v_patches = (split_patches(x, self.row_mix.num_patches) for x in (u, v))  # -> (B, H, W, P, G)
         q = gelu_(self.row_fuse(cat_channels(self.row_mix(u), u_patches)).add_(self.row_map))
-        x = self.fuse(cat_channels(u_patches, self.column_mix(q), v_patches))
-        return x.add_(self.fuse_map).add_(residual)
+        return self.fuse(cat_channels(u_patches, self.column_mix(q), v_patches)).add_(self.fuse_map)
 
     def _with_channel_mixing(self, residual: Tensor) -> Tensor:
         x = self.dwconv7(residual).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
@@ -188,6 +196,16 @@ class _FoldedBlock(nn.Module):
         x = self.fc1(x.permute(0, 3, 1, 2))  # (B, H, W, C) -> (B, C, H, W)
         scale = grn_scale(norm_over_space(x), self.grn.gamma, self.grn.eps).to(x.dtype)
         return self.fc2(x.mul_(scale)).add_(residual)
+
+
+class _FoldedBlockWithoutCGSMM(_FoldedBlock):
+    """Inference form of a block whose LSMM works alone."""
+
+    def _fold_cgsmm(self, cgsmm: nn.Module, fuse: Tensor) -> None:
+        self.fuse = _linear(self.norm_scale, fuse)
+
+    def _fused(self, u: Tensor, v: Tensor) -> Tensor:
+        return self.fuse(torch.cat([u, v], dim=1))
 
 
 class _FoldedStripLayer(ProductStripMLPLayer):

@@ -139,6 +139,23 @@ def test_an_error_is_raised_by_the_next_save(tmp_path: Path, caplog: pytest.LogC
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [LAST, step_file(Path(), 1).name]
 
 
+def test_an_end_that_waits_for_the_file_says_so(
+    tmp_path: Path, gate: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = new_store(tmp_path / "run")
+    store.save(capture(at(2), FACTS), background=True)
+    end = threading.Thread(target=store.close)
+    end.start()
+    deadline = time.monotonic() + 60
+    while not caplog.messages:
+        assert time.monotonic() < deadline
+    gate.set()
+    end.join()
+    assert caplog.messages == [f"the end waits until a checkpoint is written to {tmp_path / 'run'}"]
+    store.close()
+    assert len(caplog.messages) == 1
+
+
 def killed_child(action: Callable[[], Any], number: int) -> bool:
     """Run ``action`` in a fork that is killed before file operation ``number`` of the writing; whether it came to it.
 

@@ -354,8 +354,11 @@ def test_nothing_unpickles():
 # sources
 
 
-def test_local_source(good):
+def test_local_source(good, tmp_path):
     assert resolve_source(str(good)) == good
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.safetensors").touch()
+    assert resolve_source(str(tmp_path / "exported")) == tmp_path / "exported" / "model.safetensors"
     for missing in (str(good) + "x", str(good.parent)):
         with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
             resolve_source(missing)

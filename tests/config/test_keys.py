@@ -103,6 +103,8 @@ IDLE = [
     ({}, "TRAIN.COMPILE_MODE TRAIN.MEMORY_BUDGET"),
     ({"MODEL.TYPE": "timm", "MODEL.TIMM_NAME": "x"}, "MODEL.ALPHA MODEL.DROP_PATH_SCHEDULE TRAIN.LEAN"),
     ({"MODEL.TYPE": "timm", "MODEL.TIMM_NAME": "x"}, "MODEL.STRIP_MLP.PATCH_SIZE MODEL.STRIP_MLP.NUM_PATCHES"),
+    ({"MODEL.TYPE": "timm", "MODEL.TIMM_NAME": "x"}, "MODEL.STRIP_MLP.TOKEN_MIXING MODEL.STRIP_MLP.STAGE_SKIPS"),
+    ({"MODEL.STRIP_MLP.TOKEN_MIXING": "lsmm"}, "MODEL.STRIP_MLP.STRIP_WIDTH MODEL.STRIP_MLP.NUM_PATCHES"),
     ({"AUG.REPROB": 0}, "AUG.REMODE AUG.RECOUNT"),
     ({"AUG.MIXUP": 0, "AUG.CUTMIX": 0}, "AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB AUG.MIXUP_MODE AUG.MIXUP_OFF_EPOCHS"),
     ({"TRAIN.WARMUP_EPOCHS": 0}, "TRAIN.WARMUP_LR"),
@@ -158,6 +160,8 @@ def another(key: Key) -> Any:
     def changed(number: float) -> float:
         return (2 * number if number > 0 else 1) if isinstance(number, int) else number / 2 or 0.5
 
+    if key.name == "MODEL.STRIP_MLP.STRIP_WIDTH":
+        return 5
     if key.choices:
         return next(choice for choice in reversed(key.choices) if choice != key.default)
     if isinstance(key.default, str):

@@ -60,12 +60,19 @@ def test_damaged_but_readable_files_are_suspicious_not_bad(tool, tmp_path, capsy
 
 def test_nothing_to_check(tool, tmp_path, capsys):
     assert tool.main([str(tmp_path / "absent")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "absent is not a folder; name the one" in capsys.readouterr().err
     assert tool.main([str(tmp_path)]) == 2
     assert "no image files" in capsys.readouterr().err
     write_splits(tmp_path / "set")
-    assert tool.main([str(tmp_path / "set"), "--output", str(tmp_path / "none" / "x.txt"), "--workers", "1"]) == 2
-    assert "cannot write --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main([str(tmp_path / "set"), "--output", str(tmp_path / "none" / "x.txt")])
+    assert "does not exist; make it first" in capsys.readouterr().err
+
+
+def test_names_reach_the_terminal_as_escapes(tool, tmp_path, capsys):
+    (tmp_path / "\x1b[31m\nred\udcff.png").write_bytes(b"junk")
+    assert tool.main([str(tmp_path), "--output", str(tmp_path / "bad.txt"), "--workers", "1"]) == 1
+    assert "\\x1b[31m\\nred\\udcff.png: " in capsys.readouterr().out
 
 
 def test_runs_as_a_program_from_anywhere(tmp_path):

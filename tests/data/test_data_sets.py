@@ -189,7 +189,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
     config = data_config(DATA__DATA_PATH=tmp_path, MODEL__NUM_CLASSES=10, DATA__BATCH_SIZE=33)
     text = problems(config, *build_datasets(config))
     assert "train: 4 classes ('cat', 'dog', 'emu', 'zebra'), but MODEL.NUM_CLASSES is 10" in text
-    assert "train: 1 classes have no images: 'zebra'" in text
+    assert "train: 1 class has no images: 'zebra'" in text
     assert "different classes, so their labels differ (only in train: 'zebra'; only in val: 'fox')" in text
     assert "DATA.BATCH_SIZE 33 is larger than the 15 training images" in text
     assert str(tmp_path) in text

@@ -13,6 +13,7 @@ from data.sources.holdout import choose
 from tests.builders import data_config
 from tests.images import CLASSES, picture, write_folder
 from utils.config import run_folder
+from utils.config.checks import check_config
 
 
 @pytest.fixture
@@ -120,3 +121,31 @@ def test_folders_without_val_are_told_of_it(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", count=2)
     with pytest.raises(FileNotFoundError, match=r"only train/ is: hold out a part of it with --opts DATA\.HOLDOUT"):
         build_dataset(data_config(DATA__DATA_PATH=tmp_path), is_train=False)
+
+
+def test_a_share_of_the_training_images_is_stratified_and_chosen_by_the_seed(images: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(images, tmp_path / "data" / part)
+
+    def training_and_validation(**keys: Any) -> tuple[set[str], set[str]]:
+        return parts(config_for(tmp_path / "data", DATA__HOLDOUT=0.0, DATA__TRAIN_SHARE=0.4, **keys))
+
+    some, validation = training_and_validation()
+    assert [sum(f"/{name}/" in path for path in some) for name in CLASSES] == [2, 2, 2]
+    assert len(validation) == 15
+    assert training_and_validation()[0] == some
+    assert training_and_validation(SEED=1)[0] != some
+    half, held_out = parts(config_for(images, DATA__TRAIN_SHARE=0.34))  # of the three images that are not held out
+    assert len(half) == 3
+    assert not half & held_out
+
+
+def test_a_share_of_images_in_memory() -> None:
+    config = data_config(DATA__DATASET="digits", DATA__TRAIN_SHARE=0.1)
+    assert [len(build_dataset(config, is_train=is_train)) for is_train in (True, False)] == [143, 359]
+
+
+@pytest.mark.parametrize("keys", ({"DATA__ZIP_MODE": True}, {"DATA__DATASET": "shards"}))
+def test_archives_have_no_share(keys: dict[str, Any]) -> None:
+    problems = check_config(data_config(DATA__TRAIN_SHARE=0.5, **keys))
+    assert any(problem.text.startswith("DATA.TRAIN_SHARE takes a part of folders") for problem in problems)

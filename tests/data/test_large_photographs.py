@@ -73,6 +73,13 @@ def test_what_is_not_much_larger_than_needed_keeps_its_pixels():
             assert np.array_equal(np.asarray(transform(ScalableJpeg(data))), whole)
 
 
+def test_whole_reduced_pixels_are_resized_like_any_other_picture():
+    """The size is a multiple of the reduction, as that of cameras is."""
+    data = encoded(photograph().resize((640, 480)))
+    transform = EvalResize(64, crop=True, interpolation="bicubic", resize=torch_resize)
+    assert np.array_equal(transform(ScalableJpeg(data)), transform(ScalableJpeg(data).decode(2)))
+
+
 @pytest.mark.parametrize("damage", ("truncated", "garbage"))
 def test_damaged_files_are_errors(damage):
     data = encoded(photograph())

@@ -227,7 +227,7 @@ def test_val_may_lack_a_class(tmp_path, caplog):
     assert sorted(set(val.targets.tolist())) == [0, 2], "the labels are those of training"
     with caplog.at_level(logging.WARNING):
         check_data(config, train, val)
-    assert "val: 1 classes have no images: 'dog'" in caplog.text
+    assert "val: 1 class has no images: 'dog'; the results say nothing about it" in caplog.text
 
 
 def test_val_without_train_has_classes_of_its_own(tmp_path):

@@ -6,9 +6,10 @@ import timm.data.auto_augment
 import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms import RandomCrop, RandomHorizontalFlip
 
 from data.images.posterize import posterize
-from data.images.resize import EvalResize, pil_resize, torch_resize
+from data.images.resize import EvalResize, PaddedCrop, RandomMirror, pil_resize, torch_resize
 from data.images.transforms import build_transform
 from tests.builders import data_config
 from tests.images import SIZES, picture
@@ -44,6 +45,43 @@ def test_fast_training_pixels_equal_the_reference(size, as_array):
         assert pixels.dtype == np.uint8
         assert pixels.shape == (size, size, 3)
         assert torch.equal(normalised(pixels), expected)
+
+
+@pytest.mark.parametrize("size", (32, 224))
+def test_training_without_operations_of_pillow_equals_the_reference(size):
+    """Nothing then needs a PIL image."""
+    keys = {"AUG__AUTO_AUGMENT": "none", "AUG__COLOR_JITTER": 0.0, "DATA__IMG_SIZE": size}
+    reference, fast = both(True, **keys)
+    for seed in range(8):
+        image = picture(seed, (32, 32))
+        with seeded_streams(seed):
+            expected = reference(image)
+            state = torch.rand(())
+        with seeded_streams(seed):
+            pixels = fast(np.asarray(image))
+            assert state == torch.rand(()), "the pipelines draw different numbers"
+        assert pixels.flags.c_contiguous
+        assert torch.equal(normalised(pixels), expected)
+
+
+@pytest.mark.parametrize("size", ((32, 32), (20, 28)))
+@pytest.mark.parametrize("channels", (1, 3, 5))
+def test_crops_and_mirrors_of_arrays_are_those_of_torchvision(size, channels):
+    ours = (PaddedCrop(size, padding=4), RandomMirror(0.7))
+    theirs = (RandomCrop(size, padding=4), RandomHorizontalFlip(0.7))
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, channels), dtype=np.uint8)
+    pixels.flags.writeable = False
+    for seed in range(20):
+        found, expected = pixels, torch.tensor(pixels).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+        with seeded_streams(seed):
+            for stage in ours:
+                found = stage(found)
+            state = torch.rand(())
+        with seeded_streams(seed):
+            for stage in theirs:
+                expected = stage(expected)
+            assert state == torch.rand(())
+        assert np.array_equal(found, expected.permute(1, 2, 0))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ import torch
 
 import main
 from data.sources.base import FolderSource
+from utils import assembly
 from utils.checkpoint import CheckpointStore, write_dump
 from utils.runtime import Run
 from utils.session import Session
@@ -101,8 +102,8 @@ def _change_session(**changes) -> None:
     """Replace fields of the session that main.py builds: name -> function of the session that returns the new value."""
     original = main.build_session
 
-    def build_session(*args) -> Session:
-        session = original(*args)
+    def build_session(*args, **options) -> Session:
+        session = original(*args, **options)
         return dataclasses.replace(session, **{name: change(session) for name, change in changes.items()})
 
     main.build_session = build_session
@@ -346,14 +347,14 @@ def dump_update(step: int) -> None:
 
 def room_for(images: int, rank: int) -> None:
     """Let trial updates of more than ``images`` images run out of memory on one rank."""
-    original = main.try_updates
+    original = assembly.try_updates
 
     def try_updates(config, **options) -> None:
         original(config, **options)
         if config.DATA.BATCH_SIZE > images and rank == _rank():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    main.try_updates = try_updates
+    assembly.try_updates = try_updates
 
 
 def compile_with(backend: str) -> None:

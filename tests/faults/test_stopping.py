@@ -93,6 +93,15 @@ def test_signal_to_one_process_before_the_first_update(starter, tmp_path):
 
 
 @SLOW
+def test_signal_to_rank_0_before_the_first_update(starter, tmp_path):
+    """Without torchrun, what the processes share ends with rank 0: the other says so, not that it failed."""
+    job = starter.run(out=tmp_path, world=2, faults=[("signal_at_start", {"number": signal.SIGTERM, "rank": 0})])
+    assert job.codes == [128 + signal.SIGTERM, 1], job.text()
+    assert job.status()["state"] == "preempted"
+    assert "because rank 0 has ended (its own log says why)" in job.logs[1].read_text()
+
+
+@SLOW
 def test_every_update_a_stop(starter, reference, tmp_path):
     """Stopped after every single update, at two processes: same state as uninterrupted."""
     last = load_checkpoint(reference(world=2))["progress"]["global_step"]

@@ -25,7 +25,8 @@ def _gpu_path() -> Iterator[None]:
 @pytest.mark.parametrize("axis", ("row", "column"))
 @pytest.mark.parametrize(
     ("size", "strip_width"),
-    ((1, 3), (7, 3), (14, 3), (14, 5), (17, 3), (20, 3), (20, 7), (24, 1)),  # up to 16: one window of the whole map
+    # up to 16: one window of the whole map; 17: windows of one row
+    ((1, 3), (7, 3), (14, 3), (14, 5), (17, 3), (17, 5), (20, 3), (20, 7), (24, 1)),
 )
 def test_a_strip_layer_as_a_product(size: int, strip_width: int, axis: str) -> None:
     layer = randomised(StripMLPLayer(4, size, 2, axis, strip_width=strip_width))

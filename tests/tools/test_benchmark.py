@@ -171,6 +171,14 @@ def test_loader_command(measure, tmp_path: Path, workers: int) -> None:
         assert total["reference seconds"] == pytest.approx(sum(row["reference seconds"] or 0 for row in parts))
 
 
+def test_loader_command_for_small_images(measure) -> None:
+    (table,) = measure("loader", "--small", "crop+mirror", "--batch", 128, "--rounds", 1)["tables"]
+    assert table["title"].startswith("training loader, crop+mirror, 1438 images, batch 128, 32 pixels, 0 worker(s)")
+    labels = ["plain data set, PIL", "plain data set, tensors", "fast (default)"]
+    assert [row["label"] for row in table["rows"]] == labels
+    assert all(row["images_per_second_core"] > 0 for row in table["rows"])
+
+
 def test_startup_command(measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run with a stand-in for Python that prints the log of a run."""
     program = tmp_path / "python"

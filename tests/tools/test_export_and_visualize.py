@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def test_a_folder_is_read_by_us_and_by_timm(run: TinyRun, tmp_path: Path) -> None:
     checkpoint, folder = run.folder / "checkpoint_last.pth", tmp_path / "folder"
     assert export.command([str(checkpoint), "--format", "hub", "--output", str(folder)]) == 0
-    before, after = open_checkpoint(checkpoint), open_checkpoint(folder / "model.safetensors")
+    before, after = open_checkpoint(checkpoint), open_checkpoint(folder)
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(before.model(images), after.model(images))
@@ -37,6 +37,7 @@ def test_a_folder_is_read_by_us_and_by_timm(run: TinyRun, tmp_path: Path) -> Non
     assert after.classes == before.classes
     assert after.preprocessing == before.preprocessing
     assert after.metadata["accuracy"]["num_samples"] == 9
+    assert run.evaluate(folder)["acc1"] == after.metadata["accuracy"]["acc1"]
     assert (folder / "README.md").is_file()
     config = json.loads((folder / "config.json").read_text())
     assert config["pretrained_cfg"]["crop_pct"] == 1.0  # images of 32 pixels are not cropped

@@ -1,6 +1,7 @@
 """tools/preflight.py: what would stop a run is found before it starts, with its remedy, and nothing is written."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from tests.tiny_run import TinyRun
 from tools import preflight
+from tools.dry_run import forecast
 from utils.checkpoint.room import planned_files
 from utils.config import load_config
 
@@ -42,10 +44,50 @@ def test_a_good_run_is_measured_and_leaves_no_trace(tiny, check):
     speeds = figures["images_per_second"]
     assert min(speeds.values()) > 0
     assert figures["evaluation"]["times"] == 2
-    seconds = 48 / (2 * speeds["training"]) + 2 * 9 / (2 * speeds["evaluation"])
+    parts = figures["seconds"]
+    assert parts["update"] == pytest.approx(4 / speeds["training"])
+    assert parts["evaluation"] == pytest.approx(9 / (2 * speeds["evaluation"]))
+    assert min(parts.values()) > 0
+    seconds = 6 * parts["update"] + 2 * (parts["epoch"] + parts["evaluation"] + parts["save"])
     assert figures["predicted"]["hours"] == pytest.approx(seconds / 3600)
     assert figures["peak_memory_bytes"] > 0
     assert {path: path.stat().st_mtime_ns for path in tiny.folder.rglob("*")} == before
+
+
+def test_a_time_budget_says_how_many_updates_fit(tiny, check):
+    status, text = check("--time-budget", "1h", "--json", seconds=0.05)
+    figures = json.loads(text)["figures"]
+    assert status == 0, text
+    assert figures["recipe"]["updates"] > 100
+    assert figures["recipe"]["epochs"] == math.ceil(figures["recipe"]["updates"] / 6)
+    assert 0.8 < figures["predicted"]["hours"] <= 0.98
+    assert figures["disk"]["checkpoints"] == planned_files(load_config(tiny.cfg), figures["recipe"]["epochs"])
+    status, text = check("--time-budget", "0.01s", seconds=0.05)
+    assert status == 1
+    assert "FAILS  time budget: TRAIN.TIME_BUDGET is 0.01s, of which 0 s are left" in text
+    assert "finish" not in text
+
+
+def test_each_process_takes_its_share_of_the_images_of_an_update(check, monkeypatch):
+    batches, original = [], forecast.rehearse
+
+    def rehearse(model, state, session, **options):
+        batches.append((session.config.DATA.BATCH_SIZE, session.config.TRAIN.GLOBAL_BATCH))
+        return original(model, state, session, **options)
+
+    monkeypatch.setattr(forecast, "rehearse", rehearse)
+    status, text = check("--global-batch", 8, "--pretend-world", 2, "--json", seconds=0.01)
+    figures = json.loads(text)["figures"]
+    assert (status, batches) == (0, [(4, 8)]), text
+    assert figures["images_per_second"]["training"] == pytest.approx(4 / figures["seconds"]["update"])
+
+
+def test_the_length_may_be_given_as_updates(check):
+    status, text = check("--opts", "TRAIN.UPDATES=20", "--json")
+    figures = json.loads(text)["figures"]
+    assert status == 0, text
+    assert (figures["recipe"]["epochs"], figures["recipe"]["images_seen"]) == (4, 80)
+    assert figures["disk"]["checkpoints"] == 4
 
 
 def test_a_timm_model_is_measured(check):
@@ -106,7 +148,7 @@ def test_a_disk_that_is_too_small(check, monkeypatch, free, problem):
 
 def test_main_warns_where_not_all_checkpoints_fit(tiny, monkeypatch, capsys):
     monkeypatch.setattr("utils.checkpoint.room.free_bytes", lambda _: 10**6)
-    tiny.train("--epochs", 2)
+    tiny.train("--epochs", 20, "--opts", "TRAIN.UPDATES", 12)  # which are 2 epochs
     assert "the 2 checkpoints of the run" in capsys.readouterr().out
 
 
@@ -125,7 +167,7 @@ def test_what_does_not_stop_the_run_is_a_warning(tiny, check):
     a_damaged_image(tiny)
     status, text = check("--opts", "DATA.BAD_IMAGES=skip", "TRAIN.EPOCHS=200")
     assert status == 0
-    for warning in ("classes have no images", "dog/1.jpg", "this recipe is made for far more than 24 images"):
+    for warning in ("1 class has no images", "dog/1.jpg", "this recipe is made for far more than 24 images"):
         assert any(warning in line for line in text.splitlines() if line.startswith("warning  ")), text
 
 
@@ -152,7 +194,8 @@ def test_a_run_that_goes_on(tiny, check, capsys):
     ],
 )
 def test_planned_files(tiny, words, files):
-    assert planned_files(load_config(tiny.cfg, words.split())) == files
+    config = load_config(tiny.cfg, words.split())
+    assert planned_files(config, config.TRAIN.EPOCHS) == files
 
 
 def test_wrong_usage_is_status_2(tiny, monkeypatch, capsys):

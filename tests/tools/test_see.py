@@ -6,8 +6,10 @@ import hashlib
 import html
 import json
 import math
+import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -75,6 +77,15 @@ def test_predict_lists_names_files_and_what_cannot_be_read(run, tmp_path, capsys
     assert outputs[2].read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_reader_that_has_ended_is_no_error(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert run_tool(lambda _argv: print("a line", flush=True)) == 1
+    assert capsys.readouterr().err == ""
+
+
 def test_predict_takes_patterns_and_refuses_what_names_nothing(run, tiny, tmp_path, capsys):
     checkpoint = str(run / "checkpoint_last.pth")
     assert run_tool(predict.command, [checkpoint, f"{tiny.data}/val/plain/*.jpg"]) == 0
@@ -135,6 +146,15 @@ def test_a_single_class_is_reported_but_not_probed(run, tmp_path, capsys):
     assert run_tool(report.command, [*words, "--output", str(tmp_path / "report")]) == 0
     assert run_tool(probe.command, [*words, "--cache", str(tmp_path / "cache")]) == 2
     assert "a single class, 'plain'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["nonsense", "", "cuda:99"])
+def test_a_device_that_is_not_there(run, tiny, device, capsys):
+    words = [str(run / "checkpoint_last.pth"), str(tiny.data / "val"), "--device", device]
+    assert run_tool(predict.command, words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: device '{device}' cannot be used: ")
+    assert message.count("\n") == 1
 
 
 def test_long_work_says_that_it_goes_on(monkeypatch, capsys):

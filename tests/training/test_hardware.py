@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils.config import parse_config
-from utils.runtime import crowding_advice, describe_cpu
+from utils.runtime import crowding_advice, describe_cpu, free_memory
 from utils.training import build_precision, check_compiler
 
 CPU = torch.device("cpu")
@@ -60,6 +60,19 @@ def test_the_log_tells_what_the_cpu_can_do(monkeypatch):
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
         assert describe_cpu() == expected
+
+
+def test_the_page_cache_of_a_container_is_free_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.runtime.hardware._CGROUP", tmp_path)
+    monkeypatch.setattr("utils.runtime.hardware.available_memory", lambda: 5000)
+    assert free_memory() == 5000  # no container
+    for name, text in (("memory.max", "max"), ("memory.current", "900")):
+        (tmp_path / name).write_text(f"{text}\n")
+    assert free_memory() == 5000  # a container without a limit
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_memory() == 100
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_anon 7\nactive_file 100\ninactive_file 600\n")
+    assert free_memory() == 700
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,28 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from typing import Any
 
 import pytest
 import torch
+from yacs.config import CfgNode
 
 import main
 from data.images.batch import build_batch_transform
 from tests.builders import config_with
 from tests.faults.harness import assert_same_state, step_file
 from tests.tiny_run import TinyRun
+from utils import assembly, rehearsal
 from utils.checkpoint.files import load_checkpoint
 from utils.checkpoint.resume import kept_plan
 from utils.checkpoint.store import CheckpointStore
-from utils.config import parse_config, with_values
+from utils.config import parse, parse_config, with_values
 from utils.config.values import read_duration
 from utils.errors import RunError
+from utils.rehearsal import Rehearsal, rehearse
+from utils.runtime import StopRequest, start_run
+from utils.session import Session
 from utils.training import planning
 from utils.training.planning import (
     Costs,
@@ -118,7 +124,7 @@ def test_what_is_not_equivalent_is_logged(caplog: pytest.LogCaptureFixture) -> N
 
 def limited_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Let updates of more than ``most`` images run out of memory, at their end; return a list of what is tried."""
-    original, tried = main.try_updates, []
+    original, tried = assembly.try_updates, []
 
     def try_updates(config, **options: Any) -> None:
         tried.append(config.DATA.BATCH_SIZE)
@@ -126,7 +132,7 @@ def limited_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
         if config.DATA.BATCH_SIZE > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(main, "try_updates", try_updates)
+    monkeypatch.setattr(assembly, "try_updates", try_updates)
     return tried
 
 
@@ -159,7 +165,7 @@ def test_other_errors_of_a_trial_are_not_taken_for_a_lack_of_memory(
     def broken(config, **options: Any) -> None:
         raise RuntimeError("expected scalar type Float")
 
-    monkeypatch.setattr(main, "try_updates", broken)
+    monkeypatch.setattr(assembly, "try_updates", broken)
     with pytest.raises(RuntimeError, match="expected scalar type Float"):
         tiny.train("--global-batch", 8, tag="broken")
     monkeypatch.setattr("utils.rehearsal.free_memory", lambda: 1000)
@@ -271,6 +277,43 @@ def test_another_budget_is_another_plan_and_needs_permission(
     planned = parse_config(end["config"], "it").TRAIN.UPDATES - parse_config(middle["config"], "it").TRAIN.UPDATES
     # the epoch that was cut short counts as a whole one
     assert end["progress"]["global_step"] - middle["progress"]["global_step"] == planned - 1 > 5
+
+
+def test_a_run_without_a_plan_is_put_together_once(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a plan makes the transform and the text of the configuration anew; TRAIN.UPDATES by hand is one, too."""
+    original, planned = assembly.with_config, []
+
+    def with_config(session: Session, config: CfgNode) -> Session:
+        planned.append(config.TRAIN.UPDATES)
+        return original(session, config)
+
+    monkeypatch.setattr(assembly, "with_config", with_config)
+    tiny.train("--epochs", 1, tag="no_plan")
+    assert planned == []
+    tiny.train("--opts", "TRAIN.UPDATES", 1, tag="one_update")
+    assert planned == [1]
+
+
+def test_a_rehearsal_of_slow_updates_is_short(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates that take longer than the time for measuring are done twice: once to warm up, once measured.
+
+    What the first records load is not measured, however long that takes.
+    """
+    config = parse(tiny.argv(tag="slow"))[1]
+    original, updates = Rehearsal.after_update, []
+    monkeypatch.setattr(
+        Rehearsal, "after_update", lambda *args, **options: updates.append(0) or original(*args, **options)
+    )
+    clock, loading = time.perf_counter, [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 100.0 - sum(loading))
+    monkeypatch.setattr(rehearsal, "record_epoch", lambda *_: loading.clear())
+    loops = {"train_one_epoch": main.train_one_epoch, "validate": main.validate}
+    stop = StopRequest()
+    with start_run(config) as run, main.build_session(config, run, stop, update=main.update) as session:
+        costs = rehearse(*main.build_training(session), session, **loops, seconds=1e-9)
+    assert len(updates) == 2
+    assert min(costs.update, costs.evaluation, costs.save) > 0
+    assert costs.epoch < 100
 
 
 def test_the_end_is_predicted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

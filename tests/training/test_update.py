@@ -34,7 +34,7 @@ def training(tiny: TinyRun, *words: object, tag: str) -> Iterator[tuple[Session,
     """A run that is about to train its first epoch."""
     _, config = parse(tiny.argv(*words, tag=tag))
     with start_run(config) as run, StopRequest() as stop:
-        session = main.build_session(config, run, stop)
+        session = main.build_session(config, run, stop, update=main.update)
         yield session, *main.build_training(session)
 
 

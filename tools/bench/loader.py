@@ -5,11 +5,15 @@ import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.transforms import Compose
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, ConvertImageDtype, Normalize, RandomCrop, RandomHorizontalFlip
 from yacs.config import CfgNode
 
 from data import build_batch_transform, build_dataset, build_train_loader, build_val_loader, collate
@@ -19,12 +23,19 @@ from utils.config import load_config
 from utils.runtime import seeded_streams
 
 CONFIG = ROOT / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"  # the published recipe
+SMALL_CONFIG = ROOT / "configs/quickstart_digits.yaml"
 
 # What differs from the default pipeline, by name; the others are compared with the first.
 _PIPELINES = {
     "reference": {"DATA.PIPELINE": "reference"},
     "fast (default)": {},
     "fast, FAST_RESIZE": {"DATA.FAST_RESIZE": True},
+}
+
+_SMALL_RECIPES = {
+    "crop": {},
+    "crop+mirror": {"AUG.HFLIP": 0.5},
+    "randaugment": {"AUG.HFLIP": 0.5, "AUG.AUTO_AUGMENT": "rand-m9-mstd0.5-inc1"},
 }
 
 
@@ -38,12 +49,23 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--workers", type=int, default=0, metavar="N", help="loader processes (default: 0, all in this one)"
     )
     parser.add_argument(
+        "--small",
+        nargs="*",
+        choices=_SMALL_RECIPES,
+        help="small images in memory instead: the handwritten digits, under these recipes (default: all), against "
+        "plain data sets",
+    )
+    parser.add_argument(
         "--images", type=int, default=200, metavar="N", help="images for the times of the stages (default: 200)"
     )
 
 
 def run(args: Namespace, report: Report) -> None:
     """Report the pipelines' speed and the times of their stages, in training and evaluation."""
+    if args.small is not None:
+        for recipe in args.small or _SMALL_RECIPES:
+            report.add(small_table(recipe, batch=args.batch, rounds=args.rounds, device=args.device))
+        return
     common = {"DATA.DATA_PATH": args.data_path, "DATA.BATCH_SIZE": args.batch, "DATA.NUM_WORKERS": args.workers}
     with tempfile.TemporaryDirectory() as folder:
         for train in (True, False):
@@ -53,15 +75,20 @@ def run(args: Namespace, report: Report) -> None:
                 name: load_config(args.cfg, overrides={**common, **keys})
                 for name, keys in {**_PIPELINES, **cached}.items()
             }
-            report.add(loader_table(configs, train=train, rounds=args.rounds, device=args.device))
+            pipelines = {name: _Pipeline(config, train=train, device=args.device) for name, config in configs.items()}
+            title = _title(pipelines["reference"].loader, configs["reference"], train=train)
+            report.add(loader_table(pipelines, title, rounds=args.rounds, device=args.device))
             report.add(stage_table(configs, train=train, images=args.images))
 
 
 class _Pipeline:
-    """A loader that can run one epoch after another, and the transform that the device applies to its batches."""
+    """A loader that can run one epoch after another, and the transform that the device applies to its batches.
 
-    def __init__(self, config: CfgNode, *, train: bool, device: torch.device) -> None:
-        self.loader = (build_train_loader if train else build_val_loader)(config, device=device)
+    ``loader``: in place of the one that the configuration describes.
+    """
+
+    def __init__(self, config: CfgNode, *, train: bool, device: torch.device, loader: DataLoader | None = None) -> None:
+        self.loader = loader or (build_train_loader if train else build_val_loader)(config, device=device)
         self.transform = build_batch_transform(config, is_train=train, device=device)
         self.train = train
         self.epoch = 0
@@ -93,13 +120,12 @@ def _cpu_seconds() -> float:
     return time.process_time() + sum(map(time.clock_gettime, workers))
 
 
-def loader_table(configs: dict[str, CfgNode], *, train: bool, rounds: int, device: torch.device) -> Table:
-    """Compare pipelines; in every round each runs an epoch, after one for warm-up.
+def loader_table(pipelines: dict[str, _Pipeline], title: str, *, rounds: int, device: torch.device) -> Table:
+    """Compare pipelines with the first; in every round each runs an epoch, after one for warm-up.
 
     Images/s per core is the inverse of the CPU time of this process and its workers together, without the transform on
     the device.
     """
-    pipelines = {name: _Pipeline(config, train=train, device=device) for name, config in configs.items()}
     times: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for name in turns(pipelines, rounds + 1):
         times[name].append(pipelines[name].run())
@@ -131,16 +157,58 @@ def loader_table(configs: dict[str, CfgNode], *, train: bool, rounds: int, devic
         (f"wall: x {first}", "wall_ratio"),
         ("batch: ms per image", "transform_ms"),
     ]
-    return Table(_title(pipelines[first].loader, configs[first], device, train=train, rounds=rounds), columns, rows)
+    title += f", {rounds} epochs in turns; per core: by CPU time; batch: the transform on the {device}"
+    return Table(title, columns, rows)
 
 
-def _title(loader: Any, config: CfgNode, device: torch.device, *, train: bool, rounds: int) -> str:
+def _title(loader: DataLoader, config: CfgNode, *, train: bool) -> str:
     data = config.DATA
     return (
         f"{'training' if train else 'evaluation'} loader, {len(loader.dataset)} images, batch {data.BATCH_SIZE}, "
-        f"{data.IMG_SIZE} pixels, {data.NUM_WORKERS} worker(s), {rounds} epochs in turns; per core: by CPU time; "
-        f"batch: the transform on the {device}"
+        f"{data.IMG_SIZE} pixels, {data.NUM_WORKERS} worker(s)"
     )
+
+
+class _PlainDataset(Dataset):
+    """What many would write for small images in memory: a transform for each, no seeds, no errors of its own."""
+
+    def __init__(self, images: Sequence[Any], targets: Sequence[int], transform: Callable) -> None:
+        self._images, self._targets, self._transform = images, targets, transform
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return self._transform(self._images[index]), self._targets[index], index
+
+
+def small_table(recipe: str, *, batch: int, rounds: int, device: torch.device) -> Table:
+    """Compare the training loader of the digits with plain data sets under one recipe, all in this process.
+
+    ``PIL``: the published transforms. ``tensors``: torchvision's on uint8 tensors, where they can do the recipe.
+    """
+    keys = {**_SMALL_RECIPES[recipe], "DATA.BATCH_SIZE": batch}
+    config = load_config(SMALL_CONFIG, overrides=keys)
+    reference = load_config(SMALL_CONFIG, overrides={**keys, "DATA.PIPELINE": "reference"})
+    plain = build_dataset(reference, is_train=True)
+    pixels, targets = plain.source.images, plain.targets.tolist()
+    datasets = {"PIL": _PlainDataset([Image.fromarray(image) for image in pixels], targets, plain.transform)}
+    if config.AUG.AUTO_AUGMENT == "none":
+        stages = (RandomCrop(config.DATA.IMG_SIZE, padding=4), RandomHorizontalFlip(config.AUG.HFLIP))
+        transform = Compose([*stages, ConvertImageDtype(torch.float32), Normalize(config.DATA.MEAN, config.DATA.STD)])
+        datasets["tensors"] = _PlainDataset(torch.tensor(pixels).permute(0, 3, 1, 2).contiguous(), targets, transform)
+    pipelines = {
+        f"plain data set, {name}": _Pipeline(
+            config,
+            train=False,
+            device=device,
+            loader=DataLoader(dataset, batch_size=batch, shuffle=True, drop_last=True),
+        )
+        for name, dataset in datasets.items()
+    }
+    pipelines["fast (default)"] = _Pipeline(config, train=True, device=device)
+    title = _title(pipelines["fast (default)"].loader, config, train=True).replace("loader", f"loader, {recipe}", 1)
+    return loader_table(pipelines, title, rounds=rounds, device=device)
 
 
 def stage_table(configs: dict[str, CfgNode], *, train: bool, images: int) -> Table:

@@ -9,12 +9,12 @@ import torch
 from yacs.config import CfgNode
 
 from data import FileSource, ImageDataset, ImageLoader, ShardSource
-from main import check_and_load
 from models import build_model
 from tools.check_data import scan
 from tools.dry_run.report import Report
+from utils.assembly import check_and_load
 from utils.checkpoint import LAST, Room
-from utils.config import CIFAR_DATASETS, run_folder, short_of_updates
+from utils.config import CIFAR_DATASETS, read_duration, run_folder, short_of_updates
 from utils.errors import ImageReadError
 from utils.runtime import usable_cores
 from utils.session import state_bytes
@@ -125,20 +125,29 @@ def work_out_recipe(config: CfgNode, loader: ImageLoader | None, world_size: int
     batches = 0 if loader is None else len(loader.dataset) // (config.DATA.BATCH_SIZE * world_size)
     if not batches:
         return
-    epochs, updates = config.TRAIN.EPOCHS, math.ceil(batches / accumulation)
-    seen = epochs * batches * config.DATA.BATCH_SIZE * world_size
-    report.row("recipe", f"{epochs:,} epochs x {updates:,} updates = {epochs * updates:,}, {seen:,} images seen")
+    per_epoch = math.ceil(batches / accumulation)
     report.figures["recipe"] = {
         "images_per_update": images,
         "learning_rate": rate,
-        "epochs": epochs,
-        "updates_per_epoch": updates,
-        "updates": epochs * updates,
-        "images_seen": seen,
+        "updates_per_epoch": per_epoch,
+        "images_per_epoch": batches * config.DATA.BATCH_SIZE * world_size,
     }
-    warning = short_of_updates(config, len(loader.dataset), updates)
+    if not read_duration(config.TRAIN.TIME_BUDGET):  # else the length follows from what is measured
+        report_length(config.TRAIN.UPDATES or config.TRAIN.EPOCHS * per_epoch, report)
+    warning = short_of_updates(config, len(loader.dataset), per_epoch)
     if warning:
         report.add(warning, fails=False)
+
+
+def report_length(updates: int, report: Report) -> None:
+    """Report the epochs and images of a run of ``updates`` updates; ``work_out_recipe`` comes first."""
+    recipe = report.figures["recipe"]
+    per_epoch = recipe["updates_per_epoch"]
+    epochs, rest = divmod(updates, per_epoch)
+    seen = epochs * recipe["images_per_epoch"] + rest * recipe["images_per_update"]
+    length = f"{updates / per_epoch:,.1f} epochs of {per_epoch:,}" if rest else f"{epochs:,} epochs x {per_epoch:,}"
+    report.row("recipe", f"{length} updates = {updates:,}, {seen:,} images seen")
+    recipe |= {"epochs": epochs + (rest > 0), "updates": updates, "images_seen": seen}
 
 
 def check_disk(config: CfgNode, num_classes: int, report: Report) -> None:
@@ -151,7 +160,8 @@ def check_disk(config: CfgNode, num_classes: int, report: Report) -> None:
         ema=model if config.TRAIN.EMA_DECAY > 0 else None,
     )
     folder = run_folder(config)
-    room = Room.of(config, folder, state_bytes(state))
+    epochs = report.figures.get("recipe", {}).get("epochs", config.TRAIN.EPOCHS)
+    room = Room.of(config, folder, state_bytes(state), epochs=epochs)
     for problem in filter(None, (room.problem_of_writing, room.problem)):
         report.add(problem)
     free = "free space not known" if room.free is None else f"{size_text(room.free)} free"

@@ -2,7 +2,7 @@
 
 from utils.checkpoint.capture import FORMAT_VERSION, capture, read_training_state, restore
 from utils.checkpoint.dump import write_dump
-from utils.checkpoint.files import METADATA_KEY, resolve_source, sha256
+from utils.checkpoint.files import METADATA_KEY, WEIGHTS_FILE, resolve_source, sha256
 from utils.checkpoint.resume import (
     check_classes,
     check_continuation,
@@ -53,5 +53,6 @@ __all__ = [
     "warn_held_out",
     "warn_preprocessing",
     "weight_options",
+    "WEIGHTS_FILE",
     "write_dump",
 ]

@@ -30,6 +30,7 @@ _LEGACY_MAGIC = b"\x80\x02"  # pickle protocol 2: PyTorch's format before 1.6
 # The published checkpoints hold their config as a pickled yacs node. Naming OrderedDict under the node's name reads
 # it as a mapping, without importing yacs.
 _ALLOWED_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
+WEIGHTS_FILE = "model.safetensors"  # of a folder in timm's layout
 METADATA_KEY = "strip_mlp"  # of a safetensors file: JSON of the plain entries that a checkpoint has
 _DIGEST = "digest"
 _DIGEST_KIND = "sha256-of-crc32:"
@@ -235,8 +236,8 @@ def sha256(path: Path) -> str:
 def resolve_source(source: str) -> Path:
     """Return the local file behind ``source``: a path, or ``https://...#sha256=<64 hex digits>``.
 
-    A download goes to PyTorch's hub folder, is verified against the checksum before it gets its name, and is
-    verified again each time it is used.
+    A folder that tools/export.py wrote, in timm's layout, stands for the weights in it. A download goes to PyTorch's
+    hub folder, is verified against the checksum before it gets its name, and is verified again each time it is used.
 
     Raises:
         ValueError: a URL without checksum or not https.
@@ -244,9 +245,12 @@ def resolve_source(source: str) -> Path:
         CheckpointError: the download's checksum differs.
     """
     if "://" not in source:
-        path = Path(source)
+        path, advice = Path(source), ""
+        if path.is_dir():
+            path /= WEIGHTS_FILE
+            advice = f"; of a folder, name a file in it, unless it has the {WEIGHTS_FILE} of tools/export.py"
         if not path.is_file():
-            raise FileNotFoundError(f"checkpoint {source!r} does not exist or is not a file")
+            raise FileNotFoundError(f"checkpoint {source!r} does not exist or is not a file{advice}")
         return path
     url, _, digest = source.partition("#sha256=")
     digest = digest.lower()

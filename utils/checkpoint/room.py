@@ -30,20 +30,21 @@ class Room:
     settings: str
 
     @classmethod
-    def of(cls, config: CfgNode, folder: Path, size: int) -> "Room":
+    def of(cls, config: CfgNode, folder: Path, size: int, *, epochs: int) -> "Room":
         """Look at the disk of ``folder``, which need not exist.
 
         Args:
             config: the configuration.
             folder: the output folder.
             size: bytes of one checkpoint.
+            epochs: of the whole run, which ``TRAIN.UPDATES`` may have made longer or shorter.
         """
         statuses = [path.stat() for path in folder.glob("c*.pth")]  # names of one file count once
         present = sum({status.st_ino: status.st_size for status in statuses}.values())
         while not folder.exists():
             folder = folder.parent
         settings = f"SAVE_FREQ {config.SAVE_FREQ}, TRAIN.SAVE_KEEP {config.TRAIN.SAVE_KEEP}, and the best"
-        return cls(folder, size, planned_files(config), present, free_bytes(folder), settings)
+        return cls(folder, size, planned_files(config, epochs), present, free_bytes(folder), settings)
 
     @property
     def needed(self) -> int:
@@ -80,13 +81,13 @@ class Room:
         return f"the output folder cannot be written below {self.folder}; choose another place with --output"
 
 
-def planned_files(config: CfgNode) -> int:
-    """Return the largest number of checkpoint files that are there at one time, the one being written included.
+def planned_files(config: CfgNode, epochs: int) -> int:
+    """Return the largest number of checkpoint files that a run of ``epochs`` epochs has at one time.
 
-    It is reached while the last one is written: all milestones, the best, and the rolling files, which are deleted
-    after a newer one is durable. Names of the same file count once.
+    The one being written is included. The number is reached while the last one is written: all milestones, the best,
+    and the rolling files, which are deleted after a newer one is durable. Names of the same file count once.
     """
-    epochs, keep = config.TRAIN.EPOCHS, config.TRAIN.SAVE_KEEP
+    keep = config.TRAIN.SAVE_KEEP
     milestones = {*range(config.SAVE_FREQ, epochs + 1, config.SAVE_FREQ), epochs}
     if config.TRAIN.SAVE_STEPS or config.TRAIN.SAVE_MINUTES:  # the rolling files are saves within an epoch
         return len(milestones) + keep + 1

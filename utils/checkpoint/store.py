@@ -89,6 +89,8 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Wait for the file in the background; if it could not be written, log why. Not collective."""
+        if self._writing is not None and not self._writing.done():
+            logger.warning("the end waits until a checkpoint is written to %s", self.directory)
         try:
             self._settle()
         except (CheckpointError, OSError) as error:

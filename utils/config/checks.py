@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from utils.config.facts import FILE_DATASETS, FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem, trains
+from utils.config.facts import (
+    FILE_DATASETS,
+    FOLDER_DATASETS,
+    as_pair,
+    channel_values,
+    odd_batch_problem,
+    trains,
+)
 from utils.config.keys import KEYS, flatten, only_trains, value_of
 from utils.config.policy import policy_problem
 from utils.config.values import read_arguments, read_duration
@@ -74,6 +81,12 @@ def _check_holdout(config: CfgNode) -> Iterator[Problem]:
             ("DATA.HOLDOUT", "DATA.DATASET", "DATA.ZIP_MODE"),
             f"DATA.HOLDOUT divides image folders and CSV files, but {what}; set DATA.HOLDOUT 0",
         )
+    if data.TRAIN_SHARE < 1 and (data.DATASET == "shards" or data.DATASET.startswith("timm:") or data.ZIP_MODE):
+        what = "DATA.ZIP_MODE (--zip) reads archives" if data.ZIP_MODE else f"DATA.DATASET is {data.DATASET}"
+        yield Problem(
+            ("DATA.TRAIN_SHARE", "DATA.DATASET", "DATA.ZIP_MODE"),
+            f"DATA.TRAIN_SHARE takes a part of folders, CSV files, CIFAR and digits, but {what}; set it to 1",
+        )
 
 
 def _check_balance(config: CfgNode) -> Iterator[Problem]:
@@ -132,11 +145,17 @@ def _check_model(config: CfgNode) -> Iterator[Problem]:
                 f"{STAGE_STRIDE}); take {sizes}",
             )
     patches = strip.NUM_PATCHES or 4  # published: 2 where 80 divides the width, which 4 suits too, else 4
-    if strip.EMBED_DIM % (2 * patches):
+    if strip.EMBED_DIM % (2 * patches) and strip.TOKEN_MIXING != "lsmm":
         yield Problem(
             ("MODEL.STRIP_MLP.EMBED_DIM", "MODEL.STRIP_MLP.NUM_PATCHES"),
             f"MODEL.STRIP_MLP.EMBED_DIM is {strip.EMBED_DIM}; half of it has to divide into {patches} channel patches, "
             f"so take a multiple of {2 * patches}",
+        )
+    if strip.STRIP_WIDTH % 2 == 0:
+        width = strip.STRIP_WIDTH
+        yield Problem(
+            ("MODEL.STRIP_MLP.STRIP_WIDTH",),
+            f"MODEL.STRIP_MLP.STRIP_WIDTH is {width}, but a strip is a row and as many on each side; take {width + 1}",
         )
 
 

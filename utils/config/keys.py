@@ -106,6 +106,10 @@ NO_PATCH_NORM = Idle("the network has no norm after the patch embedding, as publ
 AUTO_AUGMENT_ON = Idle("AUG.AUTO_AUGMENT takes its place", lambda config: config.AUG.AUTO_AUGMENT not in ("", "none"))
 MIXING_OFF = Idle("mixup and cutmix are off", lambda config: not mixes(config))
 TIMM = when("MODEL.TYPE", "timm")
+NO_CGSMM = Idle(
+    "MODEL.TYPE is timm or MODEL.STRIP_MLP.TOKEN_MIXING is lsmm",
+    lambda config: config.MODEL.TYPE == "timm" or config.MODEL.STRIP_MLP.TOKEN_MIXING == "lsmm",
+)
 NO_TEACHER = when("TRAIN.DISTILL.KIND", "none")
 PLANNED_BATCH = Idle(
     "it follows from TRAIN.GLOBAL_BATCH",
@@ -136,6 +140,8 @@ _ROWS = (
         ours=True),
     Key("DATA.HOLDOUT", 0.0, "share of each class of the training images that is held out for validation, where there "
         "is no validation set; 0 = off", "[0, 1)", ours=True),
+    Key("DATA.TRAIN_SHARE", 1.0, "share of each class of the training images that is trained on, chosen by SEED; 1 = "
+        "all", "(0, 1]", ours=True),
     Key("DATA.SAMPLER", "shuffle", "order of an epoch: every image once, or each class equally often",
         "shuffle|balanced", ours=True),
     Key("DATA.IMG_SIZE", 224, "side of the square input, pixels; or (height, width)", "[1, 16384]", like=(0, 0)),
@@ -201,7 +207,13 @@ _ROWS = (
         "[1, 65536]", idle_when=TIMM),
     Key("MODEL.STRIP_MLP.LAYERS", [2, 2, 6, 2], "blocks of the four stages", "[1, 200]", idle_when=TIMM),
     Key("MODEL.STRIP_MLP.NUM_PATCHES", 0, "channel patches of the strip layer; 0 = published rule",
-        "[0, 65536]", idle_when=TIMM, ours=True),
+        "[0, 65536]", idle_when=NO_CGSMM, ours=True),
+    Key("MODEL.STRIP_MLP.STRIP_WIDTH", 3, "rows that a token of the strip layer sees, odd; 1 = its own alone",
+        "[1, 255]", idle_when=NO_CGSMM, ours=True),
+    Key("MODEL.STRIP_MLP.TOKEN_MIXING", "both", "modules of the strip mixing block: both, or one alone while the other "
+        "half of the channels passes unchanged", "both|cgsmm|lsmm", idle_when=TIMM, ours=True),
+    Key("MODEL.STRIP_MLP.STAGE_SKIPS", True, "skips past stages by grouped convolution, as in the published code, not "
+        "in the paper's figure", idle_when=TIMM, ours=True),
 
     Key("TRAIN.EPOCHS", 300, "passes over the training set", "[1, 1000000]", flag="--epochs N"),
     Key("TRAIN.UPDATES", 0, "updates of the whole run, to which the schedule is stretched; the last epoch may be cut "

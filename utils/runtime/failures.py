@@ -127,7 +127,7 @@ def _culprit(store: dist.Store | None) -> str:
     """Return which process said that it failed, where and why, or '' if none did."""
     told = _told(store, _FAILED)
     if told is None:
-        return "" if dist.is_torchelastic_launched() else "rank 0 failed"
+        return "" if dist.is_torchelastic_launched() else "rank 0 has ended (its own log says why)"
     return told
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+_CGROUP = Path("/sys/fs/cgroup")  # of a container, in version 2
 # what the log calls it -> PyTorch's names, of which one is enough
 _FEATURES = {
     "AVX2": ("avx2",),
@@ -48,11 +49,16 @@ def available_memory() -> int:
 
 
 def free_memory() -> int:
-    """Return the bytes of memory that this machine, or the container that limits it, can still give to programs."""
+    """Return the bytes of memory that this machine, or the container that limits it, can still give to programs.
+
+    What a container uses holds its page cache. As Docker and Kubernetes do, the part that was not used for a while
+    (``inactive_file``) is taken off, as the kernel gives it up where memory is wanted.
+    """
     free = available_memory()
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    limit, used, stat = (_CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        cache = re.search(r"^inactive_file (\d+)$", stat.read_text(), re.MULTILINE) if stat.is_file() else None
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + (int(cache[1]) if cache else 0))
     return free
 
 

@@ -29,12 +29,20 @@ _OTHER_LAUNCHERS = {
 }
 
 
-def select_device() -> torch.device:
-    """Return this process's device: the GPU of its local rank, or the CPU on a machine without GPUs.
+def select_device(name: str | torch.device | None = None) -> torch.device:
+    """Return the device called ``name``, or this process's: the GPU of its local rank, the CPU where there are no GPUs.
 
     Raises:
-        RunError: the machine has fewer GPUs than processes.
+        RunError: there is no such device, or the machine has fewer GPUs than processes.
     """
+    if name is not None:
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # PyTorch raises either
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"device {str(name)!r} cannot be used: {reason}; name cpu, cuda or cuda:N, or none for the default"
+            ) from error
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index = get_local_rank()

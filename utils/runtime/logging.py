@@ -4,16 +4,29 @@ import logging
 import sys
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Any
 
 from termcolor import colored
 
 from utils.runtime.files import side_file
+from utils.runtime.text import printable
 
 _DATE = "%Y-%m-%d %H:%M:%S"
 _EARLY_RECORDS = 1000
 
 
-class _ConsoleFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Writes control characters and the like as escapes: names of files and classes come from outside."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        safe = {"msg": printable(record.getMessage(), keep_lines=True), "args": (), "exc_text": None}
+        return super().format(logging.makeLogRecord({**record.__dict__, **safe}))
+
+    def formatException(self, ei: Any) -> str:
+        return printable(super().formatException(ei), keep_lines=True)
+
+
+class _ConsoleFormatter(_Formatter):
     """Omits the traceback of records marked ``brief``, whose message says all."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -52,7 +65,7 @@ def add_log_file(output_dir: Path, rank: int) -> None:
     with side_file(path):
         output_dir.mkdir(parents=True, exist_ok=True)  # rank 0 has made the one of its host
         file = logging.FileHandler(path, mode="a", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", _DATE))
+        file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", _DATE))
     for early in [handler for handler in root.handlers if type(handler) is MemoryHandler]:
         root.removeHandler(early)
         early.setTarget(file)

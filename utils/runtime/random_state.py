@@ -35,10 +35,10 @@ def streams_restored() -> Iterator[None]:
 
 def seed_streams(*entropy: int) -> None:
     """Seed the three global streams from non-negative integers; every combination gives streams of its own."""
-    words = np.random.SeedSequence(entropy).generate_state(3, np.uint64)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1] >> np.uint64(32)))  # a 32-bit number is five times as fast as an array
-    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would also reseed the accelerators
+    words = np.random.SeedSequence(entropy).generate_state(3, np.uint64).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1] >> 32)  # a 32-bit number is five times as fast as an array
+    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would also reseed the accelerators
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from utils.training.batchnorm import averaged_batchnorm, batchnorm_buffers
 from utils.training.distillation import Teacher
-from utils.training.evaluation import POLL_BATCHES, EvalResult, class_scores, evaluate, measure_throughput
+from utils.training.evaluation import EvalResult, class_scores, evaluate, measure_throughput
 from utils.training.guard import NonFiniteGuard, poison_nonfinite
 from utils.training.losses import build_criterion, class_weights
 from utils.training.lr_scheduler import build_scheduler, global_batch_size, scaled_learning_rates
@@ -75,7 +75,6 @@ __all__ = [
     "peak_memory_mib",
     "plan_length",
     "poison_nonfinite",
-    "POLL_BATCHES",
     "Precision",
     "Progress",
     "read_real_labels",

@@ -127,6 +127,12 @@ class Costs:
         seconds += math.ceil(epochs / config.TEST.INTERVAL) * self.evaluation
         return seconds * (1 + (self.save / (60 * train.SAVE_MINUTES) if train.SAVE_MINUTES else 0))
 
+    def of_rest(self, config: CfgNode, updates: int, updates_per_epoch: int, *, done: int) -> float:
+        """Return the seconds that a run of ``updates`` updates still takes after ``done`` of them."""
+        in_epoch = done % updates_per_epoch
+        before = self.of_run(config, done - in_epoch, updates_per_epoch) + in_epoch * self.update
+        return self.of_run(config, updates, updates_per_epoch) - before
+
 
 def updates_within(
     seconds: float, costs: Costs, config: CfgNode, updates_per_epoch: int, *, done: int = 0
@@ -144,11 +150,8 @@ def updates_within(
         ValueError: not one update fits.
     """
 
-    in_epoch = done % updates_per_epoch
-    before = costs.of_run(config, done - in_epoch, updates_per_epoch) + in_epoch * costs.update
-
     def needed(updates: int) -> float:
-        return costs.of_run(config, updates, updates_per_epoch) - before
+        return costs.of_rest(config, updates, updates_per_epoch, done=done)
 
     most = done + max(0, math.ceil(seconds / costs.update))
     updates = done + bisect.bisect_right(range(done + 1, most + 1), seconds, key=needed)
