@@ -41,7 +41,9 @@ def device_name(text: str) -> torch.device:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line: one subcommand per module, with the arguments common to all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():

@@ -85,6 +85,8 @@ def open_sources(folder: str, channels: int) -> tuple[list[FileSource | ShardSou
     Raises:
         ValueError, OSError, RunError: there are no images, or no access to them.
     """
+    if not is_address(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{folder} is not a folder; name the one that holds the images or the shards")
     options: dict[str, Any] = {"as_array": True, "channels": channels}
     sets = [where for where in (folder, *(part_of(folder, part) for part in ("train", "val"))) if is_shard_set(where)]
     if sets:

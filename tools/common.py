@@ -119,6 +119,17 @@ def make_folder(folder: Path, flag: str = "--output") -> Path:
     return folder
 
 
+def keep_inputs(inputs: Iterable[str | Path], outputs: Iterable[Path | None]) -> None:
+    """Refuse to write over a file that the command reads; an output of None is not written.
+
+    Raises:
+        ValueError: names the output.
+    """
+    for output in filter(None, outputs):
+        if any(os.path.realpath(output) == os.path.realpath(one) for one in inputs):
+            raise ValueError(f"{output} would replace a file that this command reads; name another file to write")
+
+
 def begin_worker() -> None:
     """Prepare a process of a pool: Ctrl-C is left to its parent, and where the parent is killed it ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -75,9 +75,10 @@ def print_paired(first: FinishedRun, other: FinishedRun) -> None:
         f"  right only in {other.name} {test.only_second}, only in {first.name} {test.only_first}; "
         f"McNemar p = {test.p_value:.3g}"
     )
-    print(f"  another best class for {int((a.top[:, 0] != b.top[:, 0]).sum())} images; the clearest:")
     gap = b.label_probability - a.label_probability
     differing = np.flatnonzero(a.correct != b.correct)
+    others = int((a.top[:, 0] != b.top[:, 0]).sum())
+    print(f"  another best class for {others} images{'; the clearest:' if len(differing) else ''}")
     for i in differing[np.argsort(-np.abs(gap[differing]), kind="stable")][:SHOWN]:
         one, two = a.classes[a.top[i, 0]], b.classes[b.top[i, 0]]
         print(printable(f"    {a.paths[i]}: label {a.classes[a.labels[i]]}; {first.name}: {one}, {other.name}: {two}"))

@@ -27,7 +27,7 @@ from huggingface_hub import HfApi
 from data import build_val_loader
 from inference import Opened, evaluate_opened
 from models import StripMLPNet, inference_form, to_published
-from tools.common import checkpoint_parser, make_folder, open_from, progress, run_tool, working
+from tools.common import checkpoint_parser, keep_inputs, make_folder, open_from, progress, run_tool, working
 from tools.graphs import WRITERS, write_graph
 from tools.model_folder import FILES, write_folder
 from utils.errors import RunError
@@ -121,6 +121,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     name = f"{opened.path.stem}{SUFFIX.get(args.format, f'_{args.format}')}"
     target = args.output or opened.path.with_name(name)
     make_folder(target.parent if args.format in SUFFIX else target)
+    keep_inputs([opened.path], [target, *(target / name for name in FILES)])
     accuracy = measured_accuracy(opened) if args.evaluate else known_accuracy(opened, args.weights)
     export(opened, args.format, target, accuracy=accuracy)
     print(f"written to {target}")

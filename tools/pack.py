@@ -46,7 +46,7 @@ from data import (
     read_image_file,
     write_index,
 )
-from tools.common import begin_worker, printable, progress, run_tool, whole_number
+from tools.common import begin_worker, make_folder, printable, progress, run_tool, whole_number
 from utils.errors import ImageReadError, RunError
 from utils.runtime import atomic_file, usable_cores
 
@@ -316,12 +316,18 @@ def command(argv: Sequence[str] | None = None) -> int:
         parser.error("--quality is that of resized images; it needs --resize")
     if args.resize and args.channels not in (1, 3):
         parser.error("--resize saves RGB or grey JPEG files; it needs --channels 3 or 1")
+    if not args.source.is_dir():
+        raise ValueError(f"{args.source} is not a folder; name one with train/ and val/ as SOURCE")
     options = Options(args.resize, 95 if args.quality is None else args.quality, args.channels)
     parts = args.parts or [part for part in ("train", "val") if (args.source / part).is_dir()]
     if not parts:
         raise ValueError(
             f"{args.source} has neither train/ nor val/, with a folder for each class; --parts names others"
         )
+    for part in parts:
+        if args.out.resolve().is_relative_to((args.source / part).resolve()):
+            raise ValueError(f"{args.out} lies among the images, of {args.source / part}; name another folder as OUT")
+        make_folder(args.out / part, "OUT")
     signal.signal(signal.SIGTERM, _terminated)
     faults = []
     try:

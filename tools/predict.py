@@ -23,6 +23,7 @@ from data import list_images
 from inference import Prediction, Predictor
 from tools.common import (
     checkpoint_parser,
+    keep_inputs,
     open_from,
     output_path,
     progress,
@@ -115,6 +116,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     args = build_parser().parse_args(argv)
     images, unusable = find_images(args.images)
+    keep_inputs([args.checkpoint, *images], [args.csv, args.jsonl, args.sheet])
     predictor = Predictor(open_from(args), top_k=args.top, batch_size=args.batch_size)
     found = list(progress(predictor.stream(images), total=len(images), desc="predicting"))
     failed = [Prediction(path, error=why) for path, why in unusable.items()] + [p for p in found if p.error]

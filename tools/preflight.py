@@ -119,7 +119,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print findings and figures as JSON instead of a table")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=seconds,
         default=10.0,
         metavar="S",
         help="length of each of three trials; 0 = only check (default: 10)",
@@ -131,6 +131,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images to read of training and of validation (default: 500)",
     )
+
+
+def seconds(text: str) -> float:
+    """Return a length of time of the command line, up to an hour.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 3600:  # false for nan
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 3600")
+    return value
 
 
 def _say(text: str) -> None:

@@ -100,8 +100,8 @@ def fit_and_score(train: Features, test: Features, seed: int) -> dict[str, tuple
 def table(train: Features, test: Features, shots: Sequence[int], seeds: int) -> Iterator[str]:
     """Yield the lines of the table: each method on all images and on few, as mean and deviation over the seeds."""
     yield f"{'images per class':18}{'method':22}{'C':20}{'top-1 (%)':>14}{'balanced (%)':>16}"
-    for count in (0, *shots):
-        draws = [draw(train.labels, count, seed) for seed in range(seeds)] if count else [slice(None)]
+    drawn = {count: [draw(train.labels, count, seed) for seed in range(seeds)] for count in shots}
+    for count, draws in {0: [slice(None)], **drawn}.items():
         parts = [Features(train.values[chosen], train.labels[chosen], train.classes) for chosen in draws]
         runs = [fit_and_score(part, test, seed) for seed, part in enumerate(parts)]
         for method in runs[0]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from yacs.config import CfgNode
 
 from data import expanded_path
-from tools.common import run_tool
+from tools.common import run_tool, whole_number
 from tools.runs import FinishedRun, read_run, short_names
 from utils.config import config_differences, parse, parse_config, recipe_differences, run_folder
 
@@ -111,6 +111,8 @@ def command(argv: Sequence[str] | None = None) -> int:
     args, words = parser.parse_known_args(argv)
     if bool(args.runs) == bool(args.seeds) or (args.runs and words):
         parser.error("give --seeds N with --cfg FILE and other flags of main.py, or --runs RUN ... alone")
+    if any(word.partition("=")[0] == "--seed" for word in words):
+        parser.error("--seed is given by --seeds and --first-seed; leave it out")
     folders = args.runs
     if args.seeds:
         seeds = range(args.first_seed, args.first_seed + args.seeds)
@@ -130,9 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--seeds", type=int, choices=range(1, 1001), metavar="N", help="number of runs")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="seed of the first run (0)")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes (GPUs) of each run (1)")
+    parser.add_argument("--seeds", type=whole_number(1, 1000), metavar="N", help="number of runs")
+    parser.add_argument(
+        "--first-seed", type=whole_number(0, 2**31 - 1000), default=0, metavar="N", help="seed of the first run (0)"
+    )
+    parser.add_argument(
+        "--processes", type=whole_number(1, 1024), default=1, metavar="N", help="processes (GPUs) of each run (1)"
+    )
     parser.add_argument("--runs", nargs="+", type=expanded_path, metavar="RUN", help="output folders to summarise")
     return parser
 

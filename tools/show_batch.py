@@ -20,7 +20,7 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from data import build_batch_transform, build_train_loader, check_transform
-from tools.common import output_path, run_tool, write_bytes
+from tools.common import keep_inputs, output_path, run_tool, write_bytes
 from utils.checkpoint import stored_config
 from utils.config import load_config, load_stored_config, normalisation
 from utils.training import draw_batch
@@ -50,7 +50,9 @@ def first_batch(config: CfgNode, epoch: int) -> Image.Image:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("source", metavar="CONFIG|CHECKPOINT", help="config file (.yaml), or a checkpoint of a run")
     parser.add_argument("--data-path", help="data set [DATA.DATA_PATH]")
     parser.add_argument(
@@ -67,6 +69,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.epoch < 1:
         parser.error(f"--epoch is {args.epoch}; the first is 1")
+    keep_inputs([args.source], [args.output])
     overrides = {"DATA.NUM_WORKERS": 0, **({"DATA.DATA_PATH": args.data_path} if args.data_path else {})}
     if args.source.endswith((".yaml", ".yml")):
         config = load_config(args.source, args.opts, overrides)

@@ -116,7 +116,9 @@ def train(task: str, args: argparse.Namespace, device: torch.device) -> list[flo
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("tasks", nargs="+", choices=tuple(TASKS), help="what is trained, one after the other")
     parser.add_argument("--model", default="strip_mlp_tiny_light", help="timm's name of the model")
     parser.add_argument("--weights", default="", help="checkpoint of a classifier (default: random weights)")

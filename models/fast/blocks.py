@@ -17,7 +17,7 @@ from ..blocks import CGSMM, LSMM, ChannelMixingBlock, StripMixingBlock, StripMLP
 from ..layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual
 from .autograd import gelu_grn, grn, is_plain, may_use_handwritten, norm_gelu, weighted_sum
 from .depthwise import depthwise_conv
-from .gpu import ProductStripMLPLayer, SquareDepthwiseConv2d
+from .gpu import CastingStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
 from .linear_chain import ChainLink, linear_chain
 from .ops import on_cpu
 
@@ -94,7 +94,7 @@ class FastStripMLPBlock(StripMLPBlock):
     """``StripMLPBlock`` in which samples that DropPath drops skip the channel mixing."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (on_cpu(x) and may_use_handwritten()):
+        if not (on_cpu(x) and may_use_handwritten()):  # on a GPU, the host would have to wait for the draw
             return super().forward(x)
         x = add_residual(x, self.strip_mixing(x), self.drop_path)
         return add_residual_of_kept(x, self.channel_mixing, self.drop_path)
@@ -103,7 +103,7 @@ class FastStripMLPBlock(StripMLPBlock):
 def add_residual_of_kept(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: DropPath) -> Tensor:
     """Return ``add_residual(x, branch(x), drop_path)``, with only those samples in ``branch`` that are not dropped.
 
-    The branch must treat each sample alone. Its batch depends on the draw, for which a GPU would make the host wait.
+    The branch must treat each sample alone. Its batch depends on the draw.
     """
     if not drop_path.training or drop_path.drop_prob == 0.0:
         return x + branch(x)
@@ -117,8 +117,9 @@ def add_residual_of_kept(x: Tensor, branch: Callable[[Tensor], Tensor], drop_pat
     return rows.index_add(0, kept, out.to(x.dtype), alpha=scale).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
-_LEAN = (FastCGSMM, FastLSMM, FastStripMixingBlock, FastChannelMixingBlock, FastStripMLPBlock)
-_GPU = (SquareDepthwiseConv2d, ProductStripMLPLayer)
+_LEAN = (FastCGSMM, FastLSMM, FastStripMixingBlock, FastChannelMixingBlock)
+_CPU = (FastDepthwiseConv2d, FastStripMLPBlock)
+_GPU = (SquareDepthwiseConv2d, ProductStripMLPLayer, CastingStripMLPBlock)
 
 
 def accelerate(model: Model, device_type: str = "cpu", *, lean: bool = True) -> Model:
@@ -133,8 +134,11 @@ def accelerate(model: Model, device_type: str = "cpu", *, lean: bool = True) -> 
         device_type: ``"cpu"`` or ``"cuda"``; a network that is moved later runs on the other one too, but slower.
         lean: compute gradients by hand.
     """
-    plain, by_hand = ((*_GPU, FastGRN, FastLSMM), _GPU) if device_type == "cuda" else ((), (FastDepthwiseConv2d,))
-    forms = {form.__base__: form for form in ((*by_hand, *_LEAN) if lean else plain)}
+    if device_type == "cuda":
+        chosen = (*_GPU, *_LEAN) if lean else (*_GPU, FastGRN, FastLSMM)
+    else:
+        chosen = (*_CPU, *_LEAN) if lean else ()
+    forms = {form.__base__: form for form in chosen}
     for module in model.modules():
         if type(module) in forms:
             module.__class__ = forms[type(module)]

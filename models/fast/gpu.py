@@ -8,14 +8,16 @@ Legend as in ``models.blocks``; also R rows of a window, N windows of a map (N *
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from ..blocks import StripMLPLayer, split_patches
-from ..layers import DepthwiseConv2d
+from ..blocks import StripMLPBlock, StripMLPLayer, split_patches
+from ..layers import DepthwiseConv2d, autocast_dtype
 from .ops import depthwise_gradients, on_cpu, product_dtype, square_kernel
 
 # Positions of a map up to which all its rows are mixed by one matrix; that matrix has this number squared per group.
@@ -143,3 +145,62 @@ def strip_matrix(weight: Tensor, groups: int, rows: int, reach: int) -> Tensor:
     matrix = chosen.flatten(0, 1) @ blocks.flatten(1)  # -> ((R + 2 * reach) * R, G * W * W')
     matrix = matrix.unflatten(1, blocks.shape[1:]).unflatten(0, (size, rows))  # -> (R + 2 * reach, R, G, W, W')
     return matrix.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+
+
+class _Cast(torch.autograd.Function):
+    """Copies of tensors in another type, made by one kernel, as are the gradients on their way back."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        copies = _copies(tensors, [torch.empty_like(x, dtype=dtype) for x in tensors])
+        ctx.mark_non_differentiable(
+            *(x for x, trained in zip(copies, ctx.needs_input_grad[1:], strict=True) if not trained)
+        )
+        return tuple(copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        arrived = [number for number, grad in enumerate(grads) if grad is not None]
+        into: list[Tensor | None] = [None] * len(grads)
+        likes = [torch.empty_like(ctx.saved_tensors[number]) for number in arrived]
+        for number, grad in zip(arrived, _copies([grads[number] for number in arrived], likes), strict=True):
+            into[number] = grad
+        return None, *into
+
+
+def _copies(tensors: Sequence[Tensor], into: list[Tensor]) -> list[Tensor]:
+    torch._foreach_copy_(into, list(tensors))
+    return into
+
+
+@contextmanager
+def cast_at_once(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Give convolutions and linear layers in ``module`` their weights and biases in the type of their products.
+
+    Autocast does the same one by one, which keeps the host busy: two kernels for each tensor. Other parameters stay,
+    because the hand-written gradients read some of them again in the backward pass.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    places = [(layer._parameters, name) for layer in layers for name, x in layer._parameters.items() if x is not None]
+    before = [parameters[name] for parameters, name in places]
+    try:
+        for (parameters, name), copied in zip(places, _Cast.apply(dtype, *before), strict=True):
+            parameters[name] = copied
+        yield
+    finally:
+        for (parameters, name), parameter in zip(places, before, strict=True):
+            parameters[name] = parameter
+
+
+class CastingStripMLPBlock(StripMLPBlock):
+    """``StripMLPBlock`` whose weights are cast all at once where autocast is on; compilers do so themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = autocast_dtype(x.device.type)
+        if dtype is None or on_cpu(x) or torch.compiler.is_compiling():
+            return super().forward(x)
+        with cast_at_once(self, dtype):
+            return super().forward(x)

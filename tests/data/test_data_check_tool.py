@@ -60,7 +60,7 @@ def test_damaged_but_readable_files_are_suspicious_not_bad(tool, tmp_path, capsy
 
 def test_nothing_to_check(tool, tmp_path, capsys):
     assert tool.main([str(tmp_path / "absent")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "absent is not a folder; name the one" in capsys.readouterr().err
     assert tool.main([str(tmp_path)]) == 2
     assert "no image files" in capsys.readouterr().err
     write_splits(tmp_path / "set")

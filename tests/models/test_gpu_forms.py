@@ -8,9 +8,9 @@ import torch
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from models import gpu_path
-from models.blocks import StripMLPLayer
+from models.blocks import StripMLPBlock, StripMLPLayer
 from models.fast import accelerate, ops
-from models.fast.gpu import ProductStripMLPLayer, SquareDepthwiseConv2d
+from models.fast.gpu import CastingStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
 from models.layers import DepthwiseConv2d
 from tests.builders import noise_map, randomised, tiny_network
 from tests.golden.load import golden_model, images, training_step
@@ -76,12 +76,28 @@ def test_gradients_have_the_strides_of_their_weights(lean: bool) -> None:
     assert not other
 
 
+def test_casting_at_once_is_what_autocast_does() -> None:
+    """Outputs and gradients to the bit, and afterwards the parameters themselves are back in their places."""
+    results = []
+    for form in (StripMLPBlock, CastingStripMLPBlock):
+        block = randomised(StripMLPBlock(8, 4, 2)).float()
+        block.__class__ = form
+        block.strip_mixing.lsmm.reweight2.bias.requires_grad_(False)
+        names = {name: id(p) for name, p in block.named_parameters()}
+        with torch.autocast("cpu", torch.bfloat16):
+            out = block(noise_map(2, 8, 4, 4).float().requires_grad_())
+        out.float().square().sum().backward()
+        assert names == {name: id(p) for name, p in block.named_parameters()}
+        results.append([out, *(p.grad for p in block.parameters() if p.requires_grad)])
+    assert all(map(torch.equal, *results))
+
+
 def test_only_the_forms_of_the_device_are_attached() -> None:
     def kinds(*args: str, **options: bool) -> set[str]:
         names = {type(module).__name__ for module in accelerate(tiny_network(), *args, **options).modules()}
-        return {name for name in names if name.startswith(("Fast", "Square", "Product"))}
+        return {name for name in names if name.startswith(("Fast", "Square", "Product", "Casting"))}
 
-    gpu = {"SquareDepthwiseConv2d", "ProductStripMLPLayer"}
+    gpu = {"SquareDepthwiseConv2d", "ProductStripMLPLayer", "CastingStripMLPBlock"}
     assert kinds("cuda", lean=False) == gpu | {"FastGRN", "FastLSMM"}
     assert "FastDepthwiseConv2d" not in kinds("cuda", lean=True) > gpu
     assert kinds("cpu", lean=False) == set()

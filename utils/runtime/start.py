@@ -239,6 +239,6 @@ def _log_start(config: CfgNode, run: Run) -> None:
 def _log_deviations(config: CfgNode) -> None:
     """Log the deviations from the published recipe."""
     deviations = recipe_deviations(config)
-    logger.info("deviations from the published recipe: %s", "none" if not deviations else "")
+    logger.info("deviations from the published recipe:%s", "" if deviations else " none")
     for key, (published, actual) in deviations.items():
         logger.info("  %s: published %s, here %s", key, published, actual)
