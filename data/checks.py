@@ -126,7 +126,7 @@ def _class_problems(config: CfgNode, dataset: ImageDataset, *, may_lack_classes:
         first, are = int(outside[0]), "label is" if len(outside) == 1 else "labels are"
         problems.append(
             f"{len(outside)} {are} outside 0..{len(classes) - 1}, the first is {int(targets[first])} of "
-            f"{dataset.sample_name(first)}"
+            f"{printable(dataset.sample_name(first))}"
         )
     inside = targets[(targets >= 0) & (targets < len(classes))]
     empty = np.flatnonzero(np.bincount(inside, minlength=len(classes)) == 0)

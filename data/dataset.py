@@ -11,7 +11,7 @@ from data.loading.collate import Sample
 from data.loading.shared_memory import shared_zeros
 from data.sources.base import Source
 from utils.errors import ImageReadError, RunError
-from utils.runtime import integer_seed, seed_streams, streams_restored
+from utils.runtime import integer_seed, printable, seed_streams, streams_restored
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class ImageDataset(Dataset):
         index %= len(self)
         target = int(self.targets[index])
         name = repr(self.classes[target]) if 0 <= target < len(self.classes) else f"label {target}"
-        return f"{self.sample_name(index)} (index {index}, class {name})"
+        return f"{printable(self.sample_name(index))} (index {index}, class {name})"
 
     def bad_indices(self) -> list[int]:
         """Return the indices of the unreadable images met so far by this process and its workers."""

@@ -53,5 +53,5 @@ def draw_cams(opened: Opened, batches: Iterable[Tensor], count: int) -> Figure:
                 pixels = shown_channels((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
                 ax = next(places)
                 ax.imshow(show_cam_on_image(pixels, mask, use_rgb=True))
-                put_title(ax, f"{shortened(opened.names[label], 28)}: {100 * share:.1f} %")
+                put_title(ax, f"{shortened(opened.names[label], 22)}: {100 * share:.1f} %")
     return figure

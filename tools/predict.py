@@ -105,6 +105,7 @@ def contact_sheet(predictions: Sequence[Prediction]) -> bytes:
     columns = min(SHEET_COLUMNS, len(shown))
     figure, places = grid(-(-len(shown) // columns), columns, lines=4)
     for axes, p in zip(places, shown, strict=False):
+        axes.set_anchor("N")  # titles of a row at one height
         axes.imshow(thumbnail(p.source, 220))
         best = zip(p.names[:3], p.probabilities[:3], strict=True)
         lines = (f"{shortened(name, NAME_WIDTH)}: {100 * share:.1f} %" for name, share in best)

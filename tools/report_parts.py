@@ -83,7 +83,7 @@ def reliability_figure(found: Calibration) -> bytes:
     upper.plot((0, 1), (0, 1), color="grey", linestyle="--", label="perfectly calibrated")
     upper.plot(found.confidence, found.accuracy, marker="o", label="this model")
     upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    upper.legend(frameon=False, loc="upper left")
+    upper.legend(frameon=False, loc="best")
     lower.bar(found.confidence, found.count, width=0.4 / BINS)
     lower.set(xlabel="confidence: probability of the best class", ylabel="images")
     for axes in (upper, lower):

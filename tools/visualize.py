@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as a file, Python looks in tools/ only
 
@@ -46,6 +47,8 @@ from tools.figures import png_bytes
 from tools.receptive_field import area_ratio, draw_fields, receptive_fields
 from tools.strip_maps import draw_positions, draw_strips
 from utils.config import input_shape
+from utils.errors import ImageReadError
+from utils.runtime import printable
 
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contribution, for the high-contribution area ratio
 BATCH = 8  # images
@@ -56,6 +59,7 @@ def chosen_images(opened: Opened, folder: Path | None, count: int) -> list[tuple
 
     Raises:
         ValueError: there is no such folder, or no image in it.
+        ImageReadError: an image cannot be read.
     """
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--images {folder} is not a folder")
@@ -66,8 +70,21 @@ def chosen_images(opened: Opened, folder: Path | None, count: int) -> list[tuple
     if not names:
         raise ValueError(f"--images {folder} has no images")
     transform, channels = build_transform(opened.config, is_train=False), input_shape(opened.config)[0]
-    pictures = (decode_image(read_image_file(str(folder / name)), as_array=True, channels=channels) for name in names)
-    return [(transform(picture), 0, 0) for picture in pictures]
+    return [(transform(picture_in(folder / name, channels)), 0, 0) for name in names]
+
+
+def picture_in(file: Path, channels: int) -> Any:
+    """Return the decoded picture of a file.
+
+    Raises:
+        ImageReadError: it cannot be read; names it.
+    """
+    try:
+        return decode_image(read_image_file(str(file)), as_array=True, channels=channels)
+    except ImageReadError as error:
+        raise ImageReadError(
+            f"cannot read image {printable(str(file))}: {error}. tools/check_data.py lists all such files"
+        ) from error
 
 
 def spread(items: Sequence, count: int) -> Sequence:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.images import write_splits
 from tests.tiny_run import TinyRun
-from tools import export, pack, predict, preflight, probe, seeds, show_batch
+from tools import export, pack, predict, preflight, probe, report, seeds, show_batch, visualize
 from tools.common import run_tool
 
 
@@ -71,3 +71,20 @@ def test_too_few_images_are_found_before_the_first_fit(tiny, checkpoint, tmp_pat
     shown = capsys.readouterr()
     assert "--shots 500: the smallest class has 8 training images" in shown.err
     assert "logistic" not in shown.out
+
+
+def test_a_broken_image_is_named_in_one_line(tiny, checkpoint, tmp_path, capsys):
+    data = write_splits(tmp_path / "data", ("cat", "dog", "emu"), train=4, val=1)
+    for part in ("train", "val"):
+        (data / part / "cat" / "a\x1b[5m\nb.png").write_bytes(b"junk")
+    name = r"val/cat/a\x1b[5m\nb.png"
+    for command, words in (
+        (report.command, ["--data-path", data, "--output", tmp_path / "report"]),
+        (visualize.command, ["--images", data / "val", "--show", "cam", "--output", tmp_path / "figures"]),
+    ):
+        message = refused(command, [checkpoint, *words], capsys)
+        assert name in message
+        assert "tools/check_data.py lists" in message
+    words = ["--cfg", tiny.cfg, "--data-path", data, "--seconds", 0]
+    assert run_tool(preflight.main, [str(word) for word in words]) == 1
+    assert name in capsys.readouterr().out

@@ -273,3 +273,15 @@ def test_a_click_in_a_browser_sorts_the_classes(reported, tmp_path):
         assert sorted(column(0)) == sorted(names) != []
         assert page.evaluate("document.querySelector('.sortable th').ariaSort") == "ascending"
         assert page.complaints == []
+
+
+def test_titles_of_the_sheet_stand_at_one_height(run, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(predict, "png_bytes", lambda figure: figures.append(figure) or b"")
+    for number, size in enumerate([(40, 20), (20, 40)]):
+        picture(number, size).save(tmp_path / f"{number}.png")
+    words = [str(run / "checkpoint_last.pth"), str(tmp_path), "--sheet", str(tmp_path / "sheet.png")]
+    assert run_tool(predict.command, words) == 0
+    figures[0].canvas.draw()
+    heights = [axes.title.get_window_extent().y0 for axes in figures[0].axes]
+    assert heights[0] == pytest.approx(heights[1], abs=1)

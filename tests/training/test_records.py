@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.training.records import append_metrics, read_metrics, trim_metrics, warn_of_data_wait
+from utils.training.records import append_metrics, curves_figure, read_metrics, trim_metrics, warn_of_data_wait
 
 
 @pytest.fixture
@@ -49,3 +49,9 @@ def test_waiting_for_data_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     assert "waited for data 30 % of the epoch (30 s)" in caplog.text
     for remedy in ("DATA.NUM_WORKERS", "DATA.CACHE_DECODED", "DATA.FAST_RESIZE", "docs/PERFORMANCE.md"):
         assert remedy in caplog.text
+
+
+def test_after_one_epoch_the_axis_has_one_tick() -> None:
+    figure = curves_figure({"": [{"epoch": 1, "train_loss": 2.0, "val_loss": 2.0, "lr": 1e-3}]})
+    ticks = [tick for axes in figure.axes for tick in axes.xaxis.get_major_locator()()]
+    assert all(tick == int(tick) for tick in ticks)

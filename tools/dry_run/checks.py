@@ -16,7 +16,7 @@ from utils.assembly import check_and_load
 from utils.checkpoint import LAST, Room
 from utils.config import CIFAR_DATASETS, read_duration, run_folder, short_of_updates
 from utils.errors import ImageReadError
-from utils.runtime import usable_cores
+from utils.runtime import printable, usable_cores
 from utils.session import state_bytes
 from utils.training import build_optimizer, global_batch_size, scaled_learning_rates
 
@@ -181,5 +181,5 @@ def size_text(size: float) -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    names = list(names)
+    names = [printable(name) for name in names]
     return "; ".join(names[:_SHOWN]) + ("; ..." if len(names) > _SHOWN else "")

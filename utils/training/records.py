@@ -235,7 +235,7 @@ def curves_figure(runs: Mapping[str, list[dict[str, Any]]]) -> "Figure":
                     axes.plot(*zip(*points, strict=True), label=what, marker=marker, **own)
         axes.set_title(title)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # one epoch is one tick
         axes.grid(alpha=0.3)
         if len(lines) > 1 and axes.lines:
             grey = [Line2D([], [], color="grey", linestyle=style) for style in ("-", "--")]
