@@ -164,11 +164,11 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, into = ctx.saved_tensors, [None] * len(grads)
         arrived = [number for number, grad in enumerate(grads) if grad is not None]
-        into: list[Tensor | None] = [None] * len(grads)
-        likes = [torch.empty_like(ctx.saved_tensors[number]) for number in arrived]
-        for number, grad in zip(arrived, _copies([grads[number] for number in arrived], likes), strict=True):
-            into[number] = grad
+        copies = _copies([grads[number] for number in arrived], [torch.empty_like(saved[number]) for number in arrived])
+        for number, copied in zip(arrived, copies, strict=True):
+            into[number] = copied
         return None, *into
 
 

@@ -92,6 +92,20 @@ def test_casting_at_once_is_what_autocast_does() -> None:
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("lean", (False, True))
+def test_activation_checkpointing_under_autocast(lean: bool) -> None:
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = accelerate(tiny_network(), "cuda", lean=lean)
+        network.set_grad_checkpointing(checkpointing)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = network(torch.randn(2, 3, 32, 32))
+        out.float().square().sum().backward()
+        results.append([p.grad for p in network.parameters()])
+    assert all(map(torch.equal, *results))
+
+
 def test_only_the_forms_of_the_device_are_attached() -> None:
     def kinds(*args: str, **options: bool) -> set[str]:
         names = {type(module).__name__ for module in accelerate(tiny_network(), *args, **options).modules()}
