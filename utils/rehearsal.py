@@ -248,12 +248,7 @@ def rehearse(
         )
         row, update, start = _time_updates(partial(train_one_epoch, model, state, rehearsal), state, rehearsal, seconds)
         evaluation, result = _time_evaluation(partial(validate, state), rehearsal, seconds)
-        row = {"epoch": 1, "step": 1, "lr": state.learning_rate, "best_acc1": 0.0, **row}
-        for _ in range(2):  # the first one loads what draws the curves
-            began = time.perf_counter()
-            if run.is_main:
-                record_epoch(run.output_dir, row, result)
-            records = time.perf_counter() - began
+        records = _time_records(run, {"lr": state.learning_rate, **row}, result)
         began = time.perf_counter()
         rehearsal.save(state, background=True)  # what training waits for
         save = time.perf_counter() - began
@@ -339,6 +334,16 @@ def _time_evaluation(
         if not batches:
             break
     return spent * len(rehearsal.val_loader) / part.batches, result
+
+
+def _time_records(run: Run, row: dict[str, Any], result: EvalResult) -> float:
+    """Return the seconds that the records of an epoch take, on rank 0."""
+    for _ in range(2):  # the first one loads what draws the curves
+        began = time.perf_counter()
+        if run.is_main:
+            record_epoch(run.output_dir, {"epoch": 1, "step": 1, "best_acc1": 0.0, **row}, result)
+        seconds = time.perf_counter() - began
+    return seconds
 
 
 def _wait_for(device: torch.device) -> None:

@@ -63,6 +63,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--memory-budget", type=float, default=1.0, metavar="X", help="of --compiled: as TRAIN.MEMORY_BUDGET"
     )
+    parser.add_argument(
+        "--combo-kernels",
+        action=BooleanOptionalAction,
+        default=False,
+        help="of --compiled: let inductor merge small kernels (torch._inductor.config.combo_kernels)",
+    )
 
 
 def run(args: Namespace, report: Report) -> None:
@@ -76,7 +82,8 @@ def run(args: Namespace, report: Report) -> None:
             row |= {f"{mode} {key}": value for key, value in counts.per_image(args.batch).items()}
             breakdowns += [_breakdown(candidate, mode, counts, by, args) for by in args.by]
             if args.compiled:
-                compiled = count_compiled(candidate, setting, mode, counts, budget=args.memory_budget)
+                with torch._inductor.config.patch(combo_kernels=args.combo_kernels):
+                    compiled = count_compiled(candidate, setting, mode, counts, budget=args.memory_budget)
                 row |= {f"compiled {mode} {key}": value for key, value in compiled.per_image(args.batch).items()}
         if args.compiled and "train kernels" in row:
             row["compiled train kept"] = round(kept_compiled(candidate, setting, budget=args.memory_budget) / MB, 1)
@@ -89,6 +96,7 @@ def run(args: Namespace, report: Report) -> None:
     tables = [Table(title, _columns("", wanted), rows, {"batch": args.batch})]
     if args.compiled:
         title = f"the same, compiled for a GPU by inductor, TRAIN.MEMORY_BUDGET {args.memory_budget:g}"
+        title += ", combo kernels" if args.combo_kernels else ""
         tables.append(Table(title, _columns("compiled ", wanted[:3]), rows, {"batch": args.batch}))
     for table in (*tables, *breakdowns):
         report.add(table)
