@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from ..layers import GRN, mean_over_space
@@ -195,9 +196,9 @@ class _WeightedSum(torch.autograd.Function):
     ) -> Tensor:
         maps = flat[:num_maps]
         pooled = _pooled([x.detach() for x in maps])
-        with torch.enable_grad():
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):  # small: kept under checkpointing too
             ctx.leaf = pooled.requires_grad_()
-            ctx.weights = weigh(pooled).to(pooled.dtype)  # small tensors, with their graph
+            ctx.weights = weigh(pooled).to(pooled.dtype)
         ctx.parameters = parameters
         ctx.save_for_backward(*maps)
         return _weighted(maps, ctx.weights.detach())
@@ -212,6 +213,10 @@ class _WeightedSum(torch.autograd.Function):
         dpooled = dpooled / (grad.shape[2] * grad.shape[3])
         dmaps = [torch.addcmul(dpooled, grad, w) for w in ctx.weights.detach().unbind(dim=2)]
         return None, None, None, *dmaps, *dparameters
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
