@@ -26,7 +26,7 @@ from yacs.config import CfgNode
 
 from tools.common import run_tool, whole_number
 from tools.dry_run.checks import check_disk, check_images, check_settings_and_data, work_out_recipe
-from tools.dry_run.forecast import forecast, is_measurable
+from tools.dry_run.forecast import check_starting_point, forecast, is_measurable
 from tools.dry_run.report import Report
 from utils.config import ConfigError, parse
 from utils.errors import RunError
@@ -69,8 +69,12 @@ def check(config: CfgNode, run: Run, args: argparse.Namespace, report: Report) -
         check_images(config, loaders, args.sample, report)
     with report.part("recipe"):
         work_out_recipe(config, loaders[0], world_size, report)
-    if args.seconds <= 0 or not is_measurable(loaders, report):
-        report.row("not measured", "--seconds 0" if args.seconds <= 0 else "see what fails below")
+    if not is_measurable(loaders, report):
+        report.row("not measured", "see what fails below")
+    elif args.seconds <= 0:
+        report.row("not measured", "--seconds 0")
+        if not report.failed("classes and batch"):
+            check_starting_point(config, run, loaders, report, world_size=world_size, allow_change=args.allow_change)
     else:
         with report.part("measuring"):
             forecast(

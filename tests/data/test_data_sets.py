@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import build_dataset, check_data
+from data import build_dataset, check_data, describe_classes
 from data.dataset import ImageDataset
 from tests.builders import data_config
 from tests.images import write_splits
@@ -223,3 +223,9 @@ def test_tolerating_truncated_files_is_a_problem(folder, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
     config = data_config(DATA__DATA_PATH=folder)
     assert "LOAD_TRUNCATED_IMAGES" in problems(config, *build_datasets(config))
+
+
+def test_names_of_classes_are_escaped_in_the_log(tmp_path):
+    data = write_splits(tmp_path / "data", ("a\nb", "\x1b[31m"), train=2, val=1)
+    dataset = build_dataset(data_config(DATA__DATA_PATH=data, MODEL__NUM_CLASSES=2), is_train=True)
+    assert describe_classes(dataset) == r"\x1b[31m 2, a\nb 2"

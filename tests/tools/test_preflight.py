@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_run import TinyRun
 from tools import preflight
@@ -203,3 +204,14 @@ def test_wrong_usage_is_status_2(tiny, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert preflight.run_tool(preflight.main, tiny.argv()) == 2
     assert "leave out torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01])
+def test_a_starting_point_that_cannot_be_used(tiny, check, tmp_path, seconds):
+    other = tmp_path / "other.pth"
+    torch.save({"conv.weight": torch.zeros(3)}, other)
+    for path, problem in ((other, "does not fit the model"), (tmp_path / "none.pth", "does not exist")):
+        status, text = check("--pretrained", path, seconds=seconds)
+        assert status == 1
+        assert "starting point: " in text
+        assert problem in text

@@ -86,6 +86,18 @@ def forecast(
             predict(session, state.progress, costs, report, images=images, world_size=world_size)
 
 
+def check_starting_point(
+    config: CfgNode, run: Run, loaders: Loaders, report: Report, *, world_size: int, allow_change: Sequence[str]
+) -> None:
+    """Report whether the run can start from the files it names, without measuring; the arguments of ``forecast``."""
+    dry, val_loader = what_to_measure(config, loaders, run.device, world_size, fits=True)
+    if not (dry.MODEL.RESUME or dry.MODEL.PRETRAINED):
+        return
+    session = assemble_session(dry, run, StopRequest(), loaders[0], val_loader, update=update)
+    with report.part("starting point"), session as assembled:
+        load_starting_point(build_training(assembled)[1], assembled, allow_change)
+
+
 def what_to_measure(
     config: CfgNode, loaders: Loaders, device: torch.device, world_size: int, *, fits: bool
 ) -> tuple[CfgNode, ImageLoader]:
