@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import numpy as np
 
 from data import expanded_path
-from tools.common import output_path, run_tool, write_bytes
+from tools.common import keep_inputs, output_path, run_tool, write_bytes
 from tools.figures import png_bytes
 from tools.measures import paired_test, wilson_interval
 from tools.predictions import require_same_images
@@ -101,6 +101,8 @@ def command(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if len(args.runs) < 2:
         raise ValueError("name at least two runs")
+    read = ("config.yaml", "metrics.jsonl", "predictions.npz", "report/predictions.npz")
+    keep_inputs([run / name for run in args.runs for name in read], [args.curves, args.csv])
     runs = [read_run(*pair) for pair in zip(args.runs, short_names(args.runs), strict=True)]
     predicted = [run for run in runs if run.predictions is not None]
     for run in predicted[1:]:

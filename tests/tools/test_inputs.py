@@ -7,7 +7,7 @@ import pytest
 
 from tests.images import write_splits
 from tests.tiny_run import TinyRun
-from tools import export, pack, predict, preflight, probe, report, seeds, show_batch, visualize
+from tools import compare, export, pack, predict, preflight, probe, report, seeds, show_batch, visualize
 from tools.common import run_tool
 
 
@@ -53,6 +53,7 @@ def test_a_file_that_is_read_is_not_replaced(tiny, checkpoint, capsys):
         (predict.command, [checkpoint, image, "--csv", checkpoint]),
         (predict.command, [checkpoint, image, "--sheet", image]),
         (show_batch.command, [checkpoint, "--data-path", tiny.data, "--output", checkpoint]),
+        (compare.command, [checkpoint.parent, tiny.output, "--curves", checkpoint.parent / "metrics.jsonl"]),
     ):
         assert "would replace a file that this command reads" in refused(command, words, capsys)
     assert checkpoint.read_bytes() == before
