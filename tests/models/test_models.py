@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hubconf
 from models import StripMLPNet, accelerate, build_model, inference_form
-from models.blocks import StripMLPBlock
+from models.fast.blocks import FastChannelMixingBlock
+from models.fast.gpu import CastingStripMLPBlock
 from models.strip_mlp import default_cfgs
 from tests.builders import model_config, tiny_network
 from tests.golden.load import golden_model, images, training_step
@@ -163,9 +164,10 @@ def test_gradient_checkpointing_changes_nothing(form: str) -> None:
 
 
 def test_accelerate_asks_the_device() -> None:
-    kinds = {device: type(accelerate(tiny_network(), torch.device(device)).stages[0][0]) for device in ("cpu", "cuda")}
-    assert kinds["cuda"] is StripMLPBlock
-    assert kinds["cpu"] is not StripMLPBlock
+    networks = [accelerate(tiny_network(), torch.device(device)) for device in ("cpu", "cuda")]
+    on_cpu, on_gpu = ({type(module) for module in network.modules()} for network in networks)
+    assert FastChannelMixingBlock in on_cpu - on_gpu
+    assert CastingStripMLPBlock in on_gpu - on_cpu
 
 
 def test_a_baseline_has_no_other_form() -> None:
