@@ -60,7 +60,7 @@ lint: $(VENV)/.installed-dev
 	@$(RUN) -m ruff format --check .
 
 faults: $(VENV)/.installed-dev
-	@$(RUN) -m pytest -m "faults or not faults" tests/faults tests/data/test_shards.py tests/checkpoint/test_hostile_files.py tests/runtime/test_agreement.py tests/training/test_planning.py tests/models/test_resample.py tests/tools/test_export_and_visualize.py tests/tools/test_scaling.py
+	@$(RUN) -m pytest -m "faults or not faults" tests/faults tests/data/test_shards.py tests/checkpoint/test_hostile_files.py tests/runtime/test_agreement.py tests/training/test_planning.py tests/models/test_resample.py tests/models/test_inference.py tests/tools/test_export_and_visualize.py tests/tools/test_scaling.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -255,7 +256,7 @@ def _keep_run(run: Run, folder: Path, place: Place) -> None:
         top_probability=found.top_probability[:, :1].round(1),
         label_probability=found.label_probability.round(1),
     )
-    write_bytes(folder / "predictions.npz", slim.npz())
+    write_bytes(folder / "predictions.npz", slim.npz(zipfile.ZIP_LZMA))
 
 
 def _rounded(value: float) -> float:

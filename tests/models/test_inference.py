@@ -104,6 +104,7 @@ def test_it_can_be_saved_and_loaded() -> None:
         assert torch.equal(other(inputs), form(inputs))
 
 
+@pytest.mark.faults  # the same is tested through tools/export.py
 def test_onnx_with_any_batch(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

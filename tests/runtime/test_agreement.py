@@ -85,7 +85,8 @@ def test_edited_code_is_another_code(tmp_path):
     assert {"main.py", "utils/session.py", "models/__init__.py"} <= set(code_digests(ROOT))
 
 
-@pytest.mark.parametrize("case", ("settings", pytest.param("data", marks=pytest.mark.faults)))
+@pytest.mark.faults
+@pytest.mark.parametrize("case", ("settings", "data"))
 def test_a_run_that_disagrees_ends_before_training(tmp_path, monkeypatch, case):
     tiny = TinyRun(tmp_path)
     with socket.socket() as probe:
