@@ -206,7 +206,10 @@ def do_runs(studies: dict[str, Study], names: Sequence[str], place: Place) -> in
     if missing:
         raise ValueError(f"where are the images? Give --data {next(iter(missing))}=FOLDER")
     for run in all_runs(studies, names, place):
-        print(f"{run.config} {run.tag}{': finished before' if run.done else ''}", flush=True)
+        done = run.done
+        print(f"{run.config} {run.tag}{': finished before' if done else ''}", flush=True)
+        if done:
+            continue
         status = 0 if is_finished(parse(run.words)[1]) else train(run.words, 1)
         if not status and not run.done:
             words = ["--data-path", str(place.data[run.study.data]), "--output", str(run.folder / "report")]

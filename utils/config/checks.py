@@ -9,14 +9,7 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from utils.config.facts import (
-    FILE_DATASETS,
-    FOLDER_DATASETS,
-    as_pair,
-    channel_values,
-    odd_batch_problem,
-    trains,
-)
+from utils.config.facts import FILE_DATASETS, FOLDER_DATASETS, as_pair, channel_values, odd_batch_problem, trains
 from utils.config.keys import KEYS, flatten, only_trains, value_of
 from utils.config.policy import policy_problem
 from utils.config.values import read_arguments, read_duration
