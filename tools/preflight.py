@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from yacs.config import CfgNode
 
 from tools.common import run_tool, whole_number
-from tools.dry_run.checks import check_disk, check_images, check_settings_and_data, work_out_recipe
+from tools.dry_run.checks import check_disk, check_images, check_logger, check_settings_and_data, work_out_recipe
 from tools.dry_run.forecast import check_starting_point, forecast, is_measurable
 from tools.dry_run.report import Report
 from utils.config import ConfigError, parse
@@ -69,6 +69,7 @@ def check(config: CfgNode, run: Run, args: argparse.Namespace, report: Report) -
         check_images(config, loaders, args.sample, report)
     with report.part("recipe"):
         work_out_recipe(config, loaders[0], world_size, report)
+    check_logger(config, report)
     if not is_measurable(loaders, report):
         report.row("not measured", "see what fails below")
     elif args.seconds <= 0:

@@ -1,5 +1,6 @@
 """tools/preflight.py: what would stop a run is found before it starts, with its remedy, and nothing is written."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -170,6 +171,13 @@ def test_what_does_not_stop_the_run_is_a_warning(tiny, check):
     assert status == 0
     for warning in ("1 class has no images", "dog/1.jpg", "this recipe is made for far more than 24 images"):
         assert any(warning in line for line in text.splitlines() if line.startswith("warning  ")), text
+
+
+def test_a_logger_that_is_not_installed(check, monkeypatch):
+    installed = importlib.util.find_spec
+    monkeypatch.setattr("tools.dry_run.checks.find_spec", lambda name: None if name == "wandb" else installed(name))
+    status, text = check("--opts", "LOGGER=wandb")
+    assert (status, "LOGGER wandb will be off: wandb cannot be imported; pip install" in text) == (0, True), text
 
 
 def test_a_run_that_goes_on(tiny, check, capsys):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,6 +149,15 @@ def report_length(updates: int, report: Report) -> None:
     length = f"{updates / per_epoch:,.1f} epochs of {per_epoch:,}" if rest else f"{epochs:,} epochs x {per_epoch:,}"
     report.row("recipe", f"{length} updates = {updates:,}, {seen:,} images seen")
     recipe |= {"epochs": epochs + (rest > 0), "updates": updates, "images_seen": seen}
+
+
+def check_logger(config: CfgNode, report: Report) -> None:
+    """Warn of a logger without its packages; the run goes on without it."""
+    needed = {"none": (), "tensorboard": ("tensorboard",), "wandb": ("wandb", "tensorboard")}[config.LOGGER]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        text = f"LOGGER {config.LOGGER} will be off: {' and '.join(missing)} cannot be imported"
+        report.add(f"{text}; pip install -r requirements-extra.txt", fails=False)
 
 
 def check_disk(config: CfgNode, num_classes: int, report: Report) -> None:
