@@ -232,6 +232,7 @@ def keep(studies: dict[str, Study], names: Sequence[str], place: Place) -> int:
                 if not any(word.startswith("<") for word in run.words) and run.done:
                     _keep_run(run, kept_folder(place, study, config, run.tag), place)
         if rates:
+            (place.kept / study.prefix).mkdir(parents=True, exist_ok=True)
             write_bytes(place.kept / study.prefix / "rates.json", (json.dumps(rates, indent=1) + "\n").encode())
     return 0
 

@@ -1,6 +1,7 @@
 """tools/studies.py: a plan is run once, what is kept is enough for its tables, and docs/RESULTS.md holds them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,12 @@ def test_a_plan_is_run_once_and_kept(words, monkeypatch, capsys, tmp_path):
     pairs = [str(kept / "small" / name) for name in ("one-seed0", "two-seed0")]
     assert run_tool(compare.command, [*pairs, "--curves", str(tmp_path / "curves.png")]) == 0
     assert str(kept.parent) not in (kept / "small" / "one-seed0" / "config.yaml").read_text()
+
+    results = shutil.ignore_patterns("small-seed*")  # rates are chosen before the first result
+    shutil.copytree(words[words.index("--output") + 1], tmp_path / "rates", ignore=results)
+    places = ["--output", str(tmp_path / "rates"), "--kept", str(tmp_path / "early")]
+    assert run_tool(studies.command, ["keep", *words, *places]) == 0
+    assert [path.name for path in (tmp_path / "early" / "small").iterdir()] == ["rates.json"]
 
     capsys.readouterr()
     nowhere = ["--output", str(tmp_path / "nowhere")]  # the tables need what is kept, and nothing else
