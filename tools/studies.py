@@ -41,6 +41,7 @@ from utils.config import parse, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ("epoch", "step", "lr", "train_loss", "val_loss", "val_acc1", "val_acc5", "images_per_second", "seconds")
+_TIES = 2.5  # images on which the metrics and the predictions of a run may differ
 RATE_SHARE = 0.2  # of the training images, on which the learning rate is chosen
 
 
@@ -105,9 +106,14 @@ class Run:
         return run_folder(parse(self.words[: self.words.index("--opts")])[1])
 
     @property
+    def counts(self) -> bool:
+        """Whether the run is a result, of which the predictions are kept, and not a trial of a learning rate."""
+        return "-rate-" not in self.tag
+
+    @property
     def done(self) -> bool:
         """Whether the run is completed, with its predictions where they are kept."""
-        reported = "-rate-" in self.tag or (self.folder / "report" / "predictions.npz").is_file()
+        reported = not self.counts or (self.folder / "report" / "predictions.npz").is_file()
         return reported and is_finished(parse(self.words)[1])
 
 
@@ -211,7 +217,7 @@ def do_runs(studies: dict[str, Study], names: Sequence[str], place: Place) -> in
         if done:
             continue
         status = 0 if is_finished(parse(run.words)[1]) else train(run.words, 1)
-        if not status and not run.done:
+        if not status and run.counts:  # a report from before the end would be of another checkpoint
             words = ["--data-path", str(place.data[run.study.data]), "--output", str(run.folder / "report")]
             status = report.command([str(run.folder / "checkpoint_last.pth"), *words])
         if status:
@@ -243,8 +249,18 @@ def kept_folder(place: Place, study: Study, config: str, tag: str) -> Path:
 
 
 def _keep_run(run: Run, folder: Path, place: Place) -> None:
-    """Write the configuration, and the parts of metrics and predictions that statistics need."""
+    """Write the configuration, and the parts of metrics and predictions that statistics need.
+
+    Raises:
+        ValueError: the predictions are not those of the finished run.
+    """
     finished = read_run(run.folder, run.tag)
+    correct, accuracy = finished.predictions.correct, finished.rows[-1]["val_acc1"]
+    if abs(correct.sum() - len(correct) * accuracy / 100) > _TIES:
+        raise ValueError(
+            f"{run.folder / 'report'} has {100 * correct.mean():.2f} % right, but the run ended with {accuracy:.2f} %; "
+            "remove this folder, and the run command makes it anew"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     text = (run.folder / "config.yaml").read_text(encoding="utf-8")
     for path, name in ((place.output, "output"), *((path, name) for name, path in place.data.items())):

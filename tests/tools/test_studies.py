@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from tests.tiny_run import CONFIG
 from tools import compare, studies
 from tools.common import run_tool
 from tools.measures import paired_difference, paired_test
+from tools.predictions import read_predictions
+from tools.runs import read_run
 from utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +66,9 @@ def test_a_plan_is_run_once_and_kept(words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert run_tool(studies.command, ["list", *words]) == 0
     assert capsys.readouterr().out.count("# open") == 2 + 2 + 2
+    early = Path(words[words.index("--output") + 1]) / "two" / "small-seed0" / "report" / "predictions.npz"
+    early.parent.mkdir(parents=True)
+    early.write_text("a report from before the end of the training")
     assert run_tool(studies.command, ["run", *words]) == 0
     assert len(trained) == 5
     assert run_tool(studies.command, ["run", *words]) == 0
@@ -84,7 +90,13 @@ def test_a_plan_is_run_once_and_kept(words, monkeypatch, capsys, tmp_path):
     assert run_tool(studies.command, ["keep", *words, *places]) == 0
     assert [path.name for path in (tmp_path / "early" / "small").iterdir()] == ["rates.json"]
 
-    capsys.readouterr()
+    report = tmp_path / "rates" / "one" / "small-seed0" / "report" / "predictions.npz"
+    shutil.copytree(Path(words[words.index("--output") + 1]) / "one" / "small-seed0", report.parents[1])
+    found = read_predictions(report)
+    report.write_bytes(replace(found, labels=(found.top[:, 0] + 1) % 3).npz())
+    assert run_tool(studies.command, ["keep", *words, *places]) == 2
+    assert "0.00 % right, but the run ended with" in capsys.readouterr().err
+
     nowhere = ["--output", str(tmp_path / "nowhere")]  # the tables need what is kept, and nothing else
     assert run_tool(studies.command, ["tables", *words, *nowhere, "--pictures", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -118,4 +130,7 @@ def test_the_results_page_holds_the_tables_of_what_is_kept(capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     assert rows, "docs/results holds no run"
     assert [row for row in rows if row not in page] == []
+    for folder in (path.parent for path in (ROOT / "docs" / "results").rglob("predictions.npz")):
+        run = read_run(folder, folder.name)
+        assert 100 * run.predictions.correct.mean() == pytest.approx(run.rows[-1]["val_acc1"], abs=0.05), folder
     assert sum(path.stat().st_size for path in (ROOT / "docs" / "results").rglob("*")) < 2 * 2**20
