@@ -31,7 +31,7 @@ import yaml
 from data import expanded_path
 from tools import report
 from tools.bench.scaling import size
-from tools.common import run_tool, write_bytes
+from tools.common import make_folder, run_tool, write_bytes
 from tools.figures import new_figure, png_bytes
 from tools.measures import paired_difference
 from tools.predictions import require_same_images
@@ -238,8 +238,8 @@ def keep(studies: dict[str, Study], names: Sequence[str], place: Place) -> int:
                 if not any(word.startswith("<") for word in run.words) and run.done:
                     _keep_run(run, kept_folder(place, study, config, run.tag), place)
         if rates:
-            (place.kept / study.prefix).mkdir(parents=True, exist_ok=True)
-            write_bytes(place.kept / study.prefix / "rates.json", (json.dumps(rates, indent=1) + "\n").encode())
+            folder = make_folder(place.kept / study.prefix, "--kept")
+            write_bytes(folder / "rates.json", (json.dumps(rates, indent=1) + "\n").encode())
     return 0
 
 
@@ -261,7 +261,7 @@ def _keep_run(run: Run, folder: Path, place: Place) -> None:
             f"{run.folder / 'report'} has {100 * correct.mean():.2f} % right, but the run ended with {accuracy:.2f} %; "
             "remove this folder, and the run command makes it anew"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--kept")
     text = (run.folder / "config.yaml").read_text(encoding="utf-8")
     for path, name in ((place.output, "output"), *((path, name) for name, path in place.data.items())):
         text = text.replace(str(path), name)
@@ -365,7 +365,7 @@ def tables(studies: dict[str, Study], names: Sequence[str], place: Place, *, pic
         if study.rates:
             print(f"{rates_table(study, place)}\n")
         if pictures:
-            write_bytes(pictures / f"study_{study.name}.png", curves(runs, study.title))
+            write_bytes(make_folder(pictures, "--pictures") / f"study_{study.name}.png", curves(runs, study.title))
     return 0
 
 

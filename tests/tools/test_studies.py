@@ -98,10 +98,10 @@ def test_a_plan_is_run_once_and_kept(words, monkeypatch, capsys, tmp_path):
     assert "0.00 % right, but the run ended with" in capsys.readouterr().err
 
     nowhere = ["--output", str(tmp_path / "nowhere")]  # the tables need what is kept, and nothing else
-    assert run_tool(studies.command, ["tables", *words, *nowhere, "--pictures", str(tmp_path)]) == 0
+    assert run_tool(studies.command, ["tables", *words, *nowhere, "--pictures", str(tmp_path / "new")]) == 0
     shown = capsys.readouterr().out
     assert all(cell in shown for cell in ("| `one` |", "| `two` |", "**"))
-    assert (tmp_path / "study_later.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "study_later.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_wrong_is_said_in_one_line(words, tmp_path, capsys):
