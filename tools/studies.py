@@ -350,7 +350,7 @@ def curves(runs: dict[str, list[FinishedRun]], title: str) -> bytes:
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the curves
     figure.suptitle(title, parse_math=False)
     return png_bytes(figure)
 
