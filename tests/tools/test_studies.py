@@ -66,7 +66,8 @@ def test_a_plan_is_run_once_and_kept(words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert run_tool(studies.command, ["list", *words]) == 0
     assert capsys.readouterr().out.count("# open") == 2 + 2 + 2
-    early = Path(words[words.index("--output") + 1]) / "two" / "small-seed0" / "report" / "predictions.npz"
+    output = Path(words[words.index("--output") + 1])
+    early = output / "two" / "small-seed0" / "report" / "predictions.npz"
     early.parent.mkdir(parents=True)
     early.write_text("a report from before the end of the training")
     assert run_tool(studies.command, ["run", *words]) == 0
@@ -85,13 +86,13 @@ def test_a_plan_is_run_once_and_kept(words, monkeypatch, capsys, tmp_path):
     assert str(kept.parent) not in (kept / "small" / "one-seed0" / "config.yaml").read_text()
 
     results = shutil.ignore_patterns("small-seed*")  # rates are chosen before the first result
-    shutil.copytree(words[words.index("--output") + 1], tmp_path / "rates", ignore=results)
+    shutil.copytree(output, tmp_path / "rates", ignore=results)
     places = ["--output", str(tmp_path / "rates"), "--kept", str(tmp_path / "early")]
     assert run_tool(studies.command, ["keep", *words, *places]) == 0
     assert [path.name for path in (tmp_path / "early" / "small").iterdir()] == ["rates.json"]
 
     report = tmp_path / "rates" / "one" / "small-seed0" / "report" / "predictions.npz"
-    shutil.copytree(Path(words[words.index("--output") + 1]) / "one" / "small-seed0", report.parents[1])
+    shutil.copytree(output / "one" / "small-seed0", report.parents[1])
     found = read_predictions(report)
     report.write_bytes(replace(found, labels=(found.top[:, 0] + 1) % 3).npz())
     assert run_tool(studies.command, ["keep", *words, *places]) == 2
