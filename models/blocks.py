@@ -18,18 +18,18 @@ from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual, mean_over_space
+from .layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual, mean_over_space, softmax
 
 
 class RelativePosition(nn.Module):
-    """Learned relative position map, ``pos[d, h, w] = table[w - h + H, d]``.
+    """Adds a learned relative position map, ``pos[d, h, w] = table[w - h + H, d]``.
 
     The first and the last row of the table are never read.
 
     Args:
         dim: channels D.
         size: (H, W) of the map.
-    Shape: () -> (D, H, W).
+    Shape: (B, D, H, W) -> same.
     """
 
     def __init__(self, dim: int, size: int | tuple[int, int]) -> None:
@@ -38,11 +38,15 @@ class RelativePosition(nn.Module):
         self.table = nn.Parameter(torch.empty(sum(self.size) + 1, dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self) -> Tensor:
+    def position_map(self) -> Tensor:
+        """Return the map that is added, (D, H, W)."""
         height, width = self.size
         windows = self.table.unfold(0, width, 1)  # (H+W+1, D) -> (H+2, D, W), window i holds the rows i .. i+W-1
         windows = windows[1 : height + 1].permute(0, 2, 1)  # (H+2, D, W) -> (H, W, D)
         return windows.flip(0).permute(2, 0, 1)  # row h of the map is window H - h -> (D, H, W), channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.position_map().to(x.dtype)
 
 
 class StripMLPLayer(nn.Module):
@@ -125,9 +129,9 @@ class CGSMM(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         patches = split_patches(u, self.row_mix.num_patches)  # (B, D, H, W) -> (B, H, W, P, G)
-        rows = self.row_mix(u + self.row_position().to(u.dtype))  # (B, D, H, W) -> (B, H, W, P, G)
+        rows = self.row_mix(self.row_position(u))  # (B, D, H, W) -> (B, H, W, P, G)
         q = F.gelu(self.norm(self.row_fuse(cat_channels(rows, patches))))
-        columns = self.column_mix(q + self.column_position().to(q.dtype))  # (B, D, H, W) -> (B, H, W, P, G)
+        columns = self.column_mix(self.column_position(q))  # (B, D, H, W) -> (B, H, W, P, G)
         return self.column_fuse(cat_channels(patches, columns))
 
 
@@ -151,12 +155,12 @@ class LSMM(nn.Module):
     def weights(self, pooled: Tensor) -> Tensor:
         """Return the branches' weights from the mean over space of their sum, (B, D, 1, 1) -> (B, D, 3, 1, 1)."""
         z = self.reweight2(F.gelu(self.reweight1(pooled)))
-        return z.unflatten(1, (-1, 3)).softmax(dim=2)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
+        return softmax(z.unflatten(1, (-1, 3)), dim=2)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
 
     def forward(self, v: Tensor) -> Tensor:
         tall, wide = self.tall(v), self.wide(v)
         pooled = mean_over_space(tall) + mean_over_space(wide) + mean_over_space(v)
-        w_tall, w_wide, w_v = self.weights(pooled).to(v.dtype).unbind(dim=2)
+        w_tall, w_wide, w_v = self.weights(pooled).unbind(dim=2)
         return torch.addcmul(torch.addcmul(w_tall * tall, w_wide, wide), w_v, v)  # w_tall tall + w_wide wide + w_v v
 
 

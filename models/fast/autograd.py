@@ -8,9 +8,9 @@ twice. ``blocks`` decides where they are used, with ``may_use_handwritten`` and 
 Legend: B batch, C or K channels, H rows, W columns.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import reduce
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from ..layers import GRN, mean_over_space
-from .ops import cache_groups, channels_last, gelu, gelu_, norm_over_space
+from ..layers import GRN, autocast_off
+from .ops import cache_groups, channels_last, gelu, gelu_, norm_over_space, on_cpu
 
 aten = torch.ops.aten
 
@@ -108,7 +108,7 @@ class _GeluGRN(torch.autograd.Function):
         for h_i, z_i in zip(cache_groups(h), cache_groups(z), strict=True):
             activated.append(gelu(h_i))
             norms.append(norm_over_space(activated[-1]))
-            torch.mul(activated[-1], grn_scale(norms[-1], gamma, eps).to(h.dtype), out=z_i)
+            torch.mul(activated[-1], grn_scale(norms[-1], gamma, eps, h.dtype), out=z_i)
         ctx.save_for_backward(h, gamma, torch.cat(norms), *activated)
         ctx.eps = eps
         return z
@@ -118,7 +118,7 @@ class _GeluGRN(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dz: Tensor) -> tuple[Tensor | None, ...]:
         h, gamma, norm, *activated = ctx.saved_tensors
         mean = norm.mean(dim=1, keepdim=True) + ctx.eps
-        response, scale = norm / mean, grn_scale(norm, gamma, ctx.eps).to(h.dtype)
+        response, scale = norm / mean, grn_scale(norm, gamma, ctx.eps, h.dtype)
         dh, sums = torch.empty_like(h), torch.empty_like(norm)
         maps = (cache_groups(x) for x in (h, channels_last(dz), dh))
         rows = (x.split(len(activated[0])) for x in (norm, mean, response, scale, sums))
@@ -136,8 +136,16 @@ def _grn_backward(
     torch.sum(da, dim=(2, 3), keepdim=True, dtype=sums.dtype, out=sums)
     q = gamma.view(1, -1, 1, 1) * sums
     dnorm = (q - (q * response).mean(dim=1, keepdim=True)) / mean
-    torch.mul(dz, scale, out=da)
-    return da.addcmul_(a, torch.where(norm > 0, dnorm / norm, 0.0).to(a.dtype))
+    return _through_scale_and_norm(dz, a, norm, scale, dnorm, out=da)
+
+
+def _through_scale_and_norm(
+    dz: Tensor, a: Tensor, norm: Tensor, scale: Tensor, dnorm: Tensor, *, out: Tensor
+) -> Tensor:
+    """Write ``scale * dz + a / norm * dnorm`` into ``out``, and return it."""
+    torch.mul(dz, scale, out=out)
+    share = torch.div(dnorm, norm.masked_fill(norm == 0, math.inf), out=torch.empty_like(dnorm, dtype=a.dtype))
+    return out.addcmul_(a, share)
 
 
 class _GRN(torch.autograd.Function):
@@ -151,7 +159,7 @@ class _GRN(torch.autograd.Function):
         norm = norm_over_space(a)
         mean = norm.mean(dim=1, keepdim=True) + eps
         response = norm / mean
-        scale = (1.0 + gamma.view(1, -1, 1, 1) * response).to(a.dtype)
+        scale = _scale(response, gamma, a.dtype)
         ctx.save_for_backward(a, gamma, norm, mean, response, scale)
         return torch.addcmul(beta.view(1, -1, 1, 1).to(a.dtype), a, scale)
 
@@ -159,10 +167,16 @@ class _GRN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dz: Tensor) -> tuple[Tensor | None, ...]:
         a, gamma, norm, mean, response, scale = ctx.saved_tensors
-        dz, sums = channels_last(dz), torch.empty_like(norm)
-        da = _grn_backward(dz, a, gamma, norm, mean, response, scale, sums=sums)
+        dz = channels_last(dz)
+        da = dz * a
+        sums = da.sum(dim=(2, 3), keepdim=True, dtype=norm.dtype)
+        dgamma = sums * response  # of each sample; the mean of q * n is a matrix-vector product with it
+        with autocast_off(dz.device.type):
+            minus = torch.addmv(mean.flatten(), dgamma.flatten(1), gamma.flatten(), beta=0, alpha=-1 / gamma.numel())
+        dnorm = torch.addcmul(minus.view_as(mean), gamma.view(1, -1, 1, 1), sums) / mean
+        da = _through_scale_and_norm(dz, a, norm, scale, dnorm, out=da)
         dbeta = dz.sum(dim=(0, 2, 3), dtype=gamma.dtype).view_as(gamma)
-        return da, (sums * response).sum(dim=0).view_as(gamma), dbeta, None
+        return da, dgamma.sum(dim=0).view_as(gamma), dbeta, None
 
 
 def grn(module: GRN, a: Tensor) -> Tensor:
@@ -170,9 +184,14 @@ def grn(module: GRN, a: Tensor) -> Tensor:
     return _GRN.apply(a, module.gamma, module.beta, module.eps)
 
 
-def grn_scale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
+def grn_scale(norm: Tensor, gamma: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Return the factor by which ``GRN`` multiplies its input, from the input's norm, (B, K, 1, 1) -> same."""
-    return 1.0 + gamma.view(1, -1, 1, 1) * (norm / (norm.mean(dim=1, keepdim=True) + eps))
+    return _scale(norm / (norm.mean(dim=1, keepdim=True) + eps), gamma, dtype)
+
+
+def _scale(response: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
+    scale = gamma.view(1, -1, 1, 1) * response
+    return torch.add(scale, 1.0, out=torch.empty_like(scale, dtype=dtype))
 
 
 def gelu_grn(grn: GRN, h: Tensor) -> Tensor:
@@ -198,7 +217,7 @@ class _WeightedSum(torch.autograd.Function):
         pooled = _pooled([x.detach() for x in maps])
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):  # small: kept under checkpointing too
             ctx.leaf = pooled.requires_grad_()
-            ctx.weights = weigh(pooled).to(pooled.dtype)
+            ctx.weights = weigh(pooled)
         ctx.parameters = parameters
         ctx.save_for_backward(*maps)
         return _weighted(maps, ctx.weights.detach())
@@ -206,8 +225,10 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        maps, grad = ctx.saved_tensors, channels_last(grad)
-        dweights = torch.stack([(grad * x).sum(dim=(2, 3), keepdim=True) for x in maps], dim=2)
+        maps, grad = ctx.saved_tensors, channels_last(grad) if on_cpu(grad) else grad
+        dweights = torch.empty_like(ctx.weights)  # (B, C, n, 1, 1)
+        for x, dweight in zip(maps, dweights.unbind(dim=2), strict=True):
+            torch.sum(grad * x, dim=(2, 3), keepdim=True, out=dweight)
         wanted = [ctx.leaf, *ctx.parameters]
         dpooled, *dparameters = torch.autograd.grad(ctx.weights, wanted, dweights, retain_graph=True)
         dpooled = dpooled / (grad.shape[2] * grad.shape[3])
@@ -215,12 +236,48 @@ class _WeightedSum(torch.autograd.Function):
         return None, None, None, *dmaps, *dparameters
 
 
+class _AddPosition(torch.autograd.Function):
+    """y = x + pos with the map ``pos[d, h, w] = table[w - h + H, d]`` in the type of x.
+
+    In memory, a map whose rows are H + W positions apart is one whose rows are H + W + 1 apart and shifted by one more
+    from row to row. So pos is a view of H copies of the table, and dL/dtable is a sum over the rows of such a view.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, table: Tensor) -> Tensor:
+        ctx.size, ctx.table = x.shape[2:], table.detach()
+        copies = table.new_empty(x.shape[2], *table.shape, dtype=x.dtype).copy_(table)
+        return x + _diagonals(copies, ctx.size).permute(2, 0, 1)  # (H, W, D) -> (D, H, W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        copies = ctx.table.new_zeros(ctx.size[0], *ctx.table.shape)
+        rows = grad.permute(0, 2, 3, 1)  # (B, D, H, W) -> (B, H, W, D)
+        torch.sum(rows, dim=0, dtype=copies.dtype, out=_diagonals(copies, ctx.size))
+        return grad, copies.sum(dim=0)
+
+
+def _diagonals(copies: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the elements ``copies[h, w - h + H]`` as a view, (H, H + W + 1, D) -> (H, W, D)."""
+    (height, width), dim = size, copies.shape[2]
+    return copies.as_strided((height, width, dim), ((height + width) * dim, dim, 1), height * dim)
+
+
+def add_position(x: Tensor, table: Tensor) -> Tensor:
+    """Return ``RelativePosition(D, (H, W))(x)`` with that table. Shape: (B, D, H, W) -> same."""
+    return _AddPosition.apply(x, table)
+
+
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
-    return reduce(torch.add, map(mean_over_space, maps))
+    means = maps[0].new_empty(len(maps), *maps[0].shape[:2], 1, 1)
+    for x, mean in zip(maps, means, strict=True):
+        torch.mean(x, dim=(2, 3), keepdim=True, out=mean)
+    return means.sum(dim=0)
 
 
 def _weighted(maps: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -13,11 +13,20 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..blocks import CGSMM, LSMM, ChannelMixingBlock, StripMixingBlock, StripMLPBlock, cat_channels, split_patches
+from ..blocks import (
+    CGSMM,
+    LSMM,
+    ChannelMixingBlock,
+    RelativePosition,
+    StripMixingBlock,
+    StripMLPBlock,
+    cat_channels,
+    split_patches,
+)
 from ..layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual
-from .autograd import gelu_grn, grn, is_plain, may_use_handwritten, norm_gelu, weighted_sum
+from .autograd import add_position, gelu_grn, grn, is_plain, may_use_handwritten, norm_gelu, weighted_sum
 from .depthwise import depthwise_conv
-from .gpu import CastingStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
+from .gpu import EagerStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
 from .linear_chain import ChainLink, linear_chain
 from .ops import on_cpu
 
@@ -41,9 +50,9 @@ class FastCGSMM(CGSMM):
         if not may_use_handwritten():
             return super().forward(u)
         patches = split_patches(u, self.row_mix.num_patches)  # (B, D, H, W) -> (B, H, W, P, G)
-        rows = self.row_mix(u + self.row_position().to(u.dtype))
+        rows = self.row_mix(self.row_position(u))
         q = norm_gelu(self.norm, self.row_fuse(cat_channels(rows, patches)))
-        columns = self.column_mix(q + self.column_position().to(q.dtype))
+        columns = self.column_mix(self.column_position(q))
         return self.column_fuse(cat_channels(patches, columns))
 
 
@@ -90,6 +99,15 @@ class FastGRN(GRN):
         return grn(self, y)
 
 
+class FastRelativePosition(RelativePosition):
+    """``RelativePosition`` with fewer operations, for a device whose host launches each of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if on_cpu(x) or not may_use_handwritten() or not torch.is_grad_enabled():
+            return super().forward(x)
+        return add_position(x, self.table)
+
+
 class FastStripMLPBlock(StripMLPBlock):
     """``StripMLPBlock`` in which samples that DropPath drops skip the channel mixing."""
 
@@ -119,7 +137,7 @@ def add_residual_of_kept(x: Tensor, branch: Callable[[Tensor], Tensor], drop_pat
 
 _LEAN = (FastCGSMM, FastLSMM, FastStripMixingBlock, FastChannelMixingBlock)
 _CPU = (FastDepthwiseConv2d, FastStripMLPBlock)
-_GPU = (SquareDepthwiseConv2d, ProductStripMLPLayer, CastingStripMLPBlock)
+_GPU = (SquareDepthwiseConv2d, ProductStripMLPLayer, EagerStripMLPBlock, FastRelativePosition)
 
 
 def accelerate(model: Model, device_type: str = "cpu", *, lean: bool = True) -> Model:
@@ -132,7 +150,8 @@ def accelerate(model: Model, device_type: str = "cpu", *, lean: bool = True) -> 
     Args:
         model: a ``StripMLPNet``, or any module; what has no fast form is left alone.
         device_type: ``"cpu"`` or ``"cuda"``; a network that is moved later runs on the other one too, but slower.
-        lean: compute gradients by hand wherever less is kept; without it, on a GPU, those of GRN and LSMM alone.
+        lean: compute gradients by hand wherever less is kept; without it, on a GPU, only where that takes fewer
+            operations: those of GRN, LSMM and the position tables.
     """
     if device_type == "cuda":
         chosen = (*_GPU, *_LEAN) if lean else (*_GPU, FastGRN, FastLSMM)

@@ -3,21 +3,21 @@
 cuDNN has fast kernels for depthwise convolutions over channels_last maps, but for square kernels alone, and none for
 grouped convolutions with as few channels per group as a Strip MLP layer has. So a depthwise kernel is filled up with
 zeros to a square, and a Strip MLP layer becomes one batched matrix product. In eager code, where the host launches each
-kernel, autocast's copies of a block's weights are made by one.
+kernel, autocast's copies of a block's weights are made by one, and its batches counted by one.
 
 Legend as in ``models.blocks``; also R rows of a window, N windows of a map (N * R = H), E rows of a strip.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from ..blocks import StripMLPBlock, StripMLPLayer, split_patches
+from ..blocks import ChannelMixingBlock, StripMLPBlock, StripMLPLayer, split_patches
 from ..layers import DepthwiseConv2d, autocast_dtype
 from .ops import depthwise_gradients, on_cpu, product_dtype, square_kernel
 
@@ -178,13 +178,13 @@ def _copies(tensors: Sequence[Tensor], into: list[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def cast_at_once(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Give convolutions and linear layers in ``module`` their weights and biases in the type of their products.
+def cast_at_once(module: nn.Module, dtype: torch.dtype, kinds: tuple[type[nn.Module], ...]) -> Iterator[None]:
+    """Give the layers of some kinds in ``module`` their weights and biases in the type of their products.
 
     Autocast does the same one by one, which keeps the host busy: two kernels for each tensor. Other parameters stay,
     because the hand-written gradients read some of them again in the backward pass.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
     places = [(layer._parameters, name) for layer in layers for name, x in layer._parameters.items() if x is not None]
     before = [parameters[name] for parameters, name in places]
     try:
@@ -196,12 +196,32 @@ def cast_at_once(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             parameters[name] = parameter
 
 
-class CastingStripMLPBlock(StripMLPBlock):
-    """``StripMLPBlock`` whose weights are cast all at once where autocast is on; compilers do so themselves."""
+@contextmanager
+def counted_at_once(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Let those of ``norms`` that are BatchNorms in training count their batch by one kernel for all."""
+    norms = [norm for norm in norms if type(norm) is nn.BatchNorm2d and norm.training and norm.momentum is not None]
+    counters = [norm.num_batches_tracked for norm in norms]
+    counted = [counter for counter in counters if counter is not None]
+    if counted:
+        torch._foreach_add_(counted, 1)
+    try:
+        for norm in norms:
+            norm.num_batches_tracked = None
+        yield
+    finally:
+        for norm, counter in zip(norms, counters, strict=True):
+            norm.num_batches_tracked = counter
+
+
+class EagerStripMLPBlock(StripMLPBlock):
+    """``StripMLPBlock`` that casts its weights and counts its batches all at once; compilers do so themselves."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = autocast_dtype(x.device.type)
-        if dtype is None or on_cpu(x) or torch.compiler.is_compiling():
+        if on_cpu(x) or torch.compiler.is_compiling():
             return super().forward(x)
-        with cast_at_once(self, dtype):
+        mixing, dtype = self.strip_mixing, autocast_dtype(x.device.type)
+        norms = (mixing.norm1, mixing.norm2, getattr(mixing.cgsmm, "norm", None))
+        chained = type(self.channel_mixing) is not ChannelMixingBlock  # its LayerNorm is computed again going back
+        kinds = (nn.Conv2d, nn.Linear) if chained else (nn.Conv2d, nn.Linear, nn.LayerNorm)
+        with counted_at_once(norms), nullcontext() if dtype is None else cast_at_once(self, dtype, kinds):
             return super().forward(x)

@@ -149,8 +149,8 @@ class _FoldedBlock(nn.Module):
 
     def _fold_cgsmm(self, cgsmm: CGSMM, fuse: Tensor) -> None:
         dim = cgsmm.row_fuse.out_channels
-        self.row_mix, rows = _without_bias(cgsmm.row_mix, cgsmm.row_position())
-        self.column_mix, columns = _without_bias(cgsmm.column_mix, cgsmm.column_position())
+        self.row_mix, rows = _without_bias(cgsmm.row_mix, cgsmm.row_position.position_map())
+        self.column_mix, columns = _without_bias(cgsmm.column_mix, cgsmm.column_position.position_map())
         scale, shift = _affine(cgsmm.norm)
         weight = scale[:, None] * _matrix(cgsmm.row_fuse.weight)  # over [rows, u]
         row_map = torch.einsum("oi,ihw->ohw", weight[:, :dim], rows) + shift[:, None, None]
@@ -194,7 +194,7 @@ class _FoldedBlock(nn.Module):
         with autocast_off(x.device.type):  # which would make a float32 map of it
             x = F.layer_norm(x, x.shape[3:], None, None, self.eps)
         x = self.fc1(x.permute(0, 3, 1, 2))  # (B, H, W, C) -> (B, C, H, W)
-        scale = grn_scale(norm_over_space(x), self.grn.gamma, self.grn.eps).to(x.dtype)
+        scale = grn_scale(norm_over_space(x), self.grn.gamma, self.grn.eps, x.dtype)
         return self.fc2(x.mul_(scale)).add_(residual)
 
 

@@ -1,16 +1,18 @@
 """The forms for GPUs: the same functions, tried on the CPU, which is told to take their path."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import gpu_path
-from models.blocks import StripMLPBlock, StripMLPLayer
+from models.blocks import RelativePosition, StripMLPBlock, StripMLPLayer
 from models.fast import accelerate, ops
-from models.fast.gpu import CastingStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
+from models.fast.blocks import FastRelativePosition
+from models.fast.gpu import EagerStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
 from models.layers import DepthwiseConv2d
 from tests.builders import noise_map, randomised, tiny_network
 from tests.golden.load import golden_model, images, training_step
@@ -79,7 +81,7 @@ def test_gradients_have_the_strides_of_their_weights(lean: bool) -> None:
 def test_casting_at_once_is_what_autocast_does() -> None:
     """Outputs and gradients to the bit, and afterwards the parameters themselves are back in their places."""
     results = []
-    for form in (StripMLPBlock, CastingStripMLPBlock):
+    for form in (StripMLPBlock, EagerStripMLPBlock):
         block = randomised(StripMLPBlock(8, 4, 2)).float()
         block.__class__ = form
         block.strip_mixing.lsmm.reweight2.bias.requires_grad_(False)
@@ -90,6 +92,57 @@ def test_casting_at_once_is_what_autocast_does() -> None:
         assert names == {name: id(p) for name, p in block.named_parameters()}
         results.append([out, *(p.grad for p in block.parameters() if p.requires_grad)])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("size", ((1, 1), (3, 5), (5, 3)))
+def test_position_tables(size: tuple[int, int]) -> None:
+    position, x = randomised(RelativePosition(4, size)), noise_map(2, 4, *size).requires_grad_()
+    fast = copy.copy(position)  # shares the table
+    fast.__class__ = FastRelativePosition
+    results = []
+    for call in (position, fast):
+        out = call(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, position.table))))
+    assert torch.equal(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_position_tables_sum_half_precision_in_float32() -> None:
+    position = FastRelativePosition(2, (3, 3))
+    grad = torch.full((512, 2, 3, 3), 1.0)
+    grad[0] = 512.0  # in bfloat16, 512 + 1 is 512
+    position(torch.zeros(512, 2, 3, 3, dtype=torch.bfloat16)).backward(grad.bfloat16())
+    assert position.table.grad[3].tolist() == [3 * 1023.0] * 2
+
+
+def test_batches_are_counted_once() -> None:
+    """By one kernel for the BatchNorms of a block, and only for those that are trained and have a momentum."""
+    block = accelerate(StripMLPBlock(8, 4, 2), "cuda", lean=False)
+    mixing, calls = block.strip_mixing, []
+    mixing.norm2.eval()
+    x = torch.randn(2, 8, 4, 4).requires_grad_()
+    with CallsOf(torch.ops.aten._foreach_add_.Scalar, calls):
+        block(x).sum().backward()
+        block(x)
+    norms = mixing.norm1, mixing.norm2, mixing.cgsmm.norm
+    assert [norm.num_batches_tracked.item() for norm in norms] == [2, 0, 2]
+    assert calls == [2, 2]
+    mixing.norm1.momentum = None  # its running mean needs the count
+    block(x)
+    assert [norm.num_batches_tracked.item() for norm in norms] == [3, 0, 3]
+
+
+class CallsOf(TorchDispatchMode):
+    """Notes for each call of an operation the number of tensors in its first argument."""
+
+    def __init__(self, operation: Callable, calls: list[int]) -> None:
+        super().__init__()
+        self._operation, self._calls = operation, calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is self._operation:
+            self._calls.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("lean", (False, True))
@@ -109,9 +162,9 @@ def test_activation_checkpointing_under_autocast(lean: bool) -> None:
 def test_only_the_forms_of_the_device_are_attached() -> None:
     def kinds(*args: str, **options: bool) -> set[str]:
         names = {type(module).__name__ for module in accelerate(tiny_network(), *args, **options).modules()}
-        return {name for name in names if name.startswith(("Fast", "Square", "Product", "Casting"))}
+        return {name for name in names if name.startswith(("Fast", "Square", "Product", "Eager"))}
 
-    gpu = {"SquareDepthwiseConv2d", "ProductStripMLPLayer", "CastingStripMLPBlock"}
+    gpu = {"SquareDepthwiseConv2d", "ProductStripMLPLayer", "EagerStripMLPBlock", "FastRelativePosition"}
     assert kinds("cuda", lean=False) == gpu | {"FastGRN", "FastLSMM"}
     assert "FastDepthwiseConv2d" not in kinds("cuda", lean=True) > gpu
     assert kinds("cpu", lean=False) == set()

@@ -86,7 +86,7 @@ def test_tables_of_squares_are_interpolated_and_of_rectangles_averaged(size: tup
 def test_position_of_a_rectangle() -> None:
     position = randomised(RelativePosition(2, (3, 5)))
     expected = torch.stack([torch.stack([position.table[w - h + 3] for w in range(5)]) for h in range(3)])
-    assert torch.equal(position(), expected.permute(2, 0, 1))
+    assert torch.equal(position.position_map(), expected.permute(2, 0, 1))
     assert position.table.shape == (3 + 5 + 1, 2)
 
 

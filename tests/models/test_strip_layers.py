@@ -60,7 +60,7 @@ def test_strip_mlp_layer(axis: str, dim: int, num_patches: int) -> None:
 
 def test_relative_position() -> None:
     position = randomised(RelativePosition(3, 5))
-    pos = position()
+    pos = position.position_map()
     for d in range(3):
         for h in range(5):
             for w in range(5):
