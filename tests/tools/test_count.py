@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tools import benchmark
 from tools.bench.candidates import Candidate, Setting
-from tools.bench.count import count, count_compiled, kept_compiled
+from tools.bench.count import count, count_compiled
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -73,11 +73,15 @@ def test_backward_work_belongs_to_the_part_that_caused_it() -> None:
 
 
 def test_a_budget_makes_compiled_code_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [nn.Conv2d(3, 4, 1), nn.GELU(), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 10, 8), nn.Flatten()]
-    monkeypatch.setattr("tools.bench.count.build_network", lambda *_: nn.Sequential(*layers))
-    setting = Setting("train", 2, 8, GPU, channels_last=True)
-    kept = {budget: kept_compiled(Candidate("resnet18"), setting, budget=budget) for budget in (1.0, 0.0)}
-    assert 0 < kept[0.0] < 0.7 * kept[1.0]
+    def build(*_) -> nn.Sequential:
+        between = nn.GELU(), nn.BatchNorm2d(4), nn.GELU()
+        return nn.Sequential(nn.Conv2d(3, 4, 1), *between, nn.Conv2d(4, 10, 8), nn.Flatten())
+
+    monkeypatch.setattr("tools.bench.count.build_network", build)
+    candidate, setting = Candidate("resnet18"), Setting("train", 2, 8, GPU, channels_last=True)
+    eager = count(candidate, setting, "train")
+    kept = {b: count_compiled(candidate, setting, "train", eager, budget=b).kept.total() for b in (1.0, 0.0)}
+    assert 0 < kept[0.0] < 0.7 * kept[1.0] < 0.7 * eager.kept.total()
 
 
 def test_compiled_code_fuses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,8 @@ GPU takes can be counted on any machine, in seconds, and the same code always gi
 - waits: results that the host reads, and copies between host and device; each makes the host wait for a GPU.
 
 A training step is forward pass, cross-entropy and backward pass, without DropPath and optimizer; a forward pass is not
-the first one. ``--compiled`` also
-partitions the compiled training graphs, on the CPU and with real tensors, for what they keep, and counts the kernels
-and bytes of compiled code as inductor schedules it for a GPU.
+the first one. ``--compiled`` also counts the kernels and bytes of compiled code as inductor schedules it for a GPU, and
+what it keeps.
 """
 
 import contextlib
@@ -57,9 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--depth", type=int, default=4, metavar="N", help="levels of module names in a part (default: 4)"
     )
     parser.add_argument("--rows", type=int, default=20, metavar="N", help="rows of a breakdown (default: 20)")
-    parser.add_argument(
-        "--compiled", action=BooleanOptionalAction, default=False, help="also partition compiled graphs"
-    )
+    parser.add_argument("--compiled", action=BooleanOptionalAction, default=False, help="also count compiled code")
     parser.add_argument(
         "--memory-budget", type=float, default=1.0, metavar="X", help="of --compiled: as TRAIN.MEMORY_BUDGET"
     )
@@ -85,8 +82,6 @@ def run(args: Namespace, report: Report) -> None:
                 with torch._inductor.config.patch(combo_kernels=args.combo_kernels):
                     compiled = count_compiled(candidate, setting, mode, counts, budget=args.memory_budget)
                 row |= {f"compiled {mode} {key}": value for key, value in compiled.per_image(args.batch).items()}
-        if args.compiled and "train kernels" in row:
-            row["compiled train kept"] = round(kept_compiled(candidate, setting, budget=args.memory_budget) / MB, 1)
         rows.append(row)
     title = (
         f"counts on {args.device.type}, batch {args.batch}, {args.img_size} x {args.img_size}, {args.precision}; "
@@ -288,27 +283,6 @@ def _keeping(network: nn.Module, add: Callable[[int], None]) -> Iterator[None]:
         yield
 
 
-def kept_compiled(candidate: Candidate, setting: Setting, *, budget: float = 1.0) -> float:
-    """Return the bytes that the compiled network keeps for each further image, as the partitioner decides.
-
-    The graphs are those of ``torch.compile``, but run operation by operation, on the CPU and with real tensors. What
-    is kept for two images is taken from what is kept for four: tensors made of weights alone do not count.
-    """
-    network = in_form(_without_drop_path(build_network(candidate, setting.img_size)), candidate, setting, mode="train")
-    kept = []
-    torch._dynamo.reset()
-    with config.patch(activation_memory_budget=budget), _path_of(setting.device):
-        compile_model(network, backend="aot_eager_decomp_partition")
-        for batch in (2, 4):
-            sizes: list[int] = []
-            images = torch.randn(batch, 3, setting.img_size, setting.img_size).to(memory_format=torch.channels_last)
-            with _keeping(network, sizes.append), autocast(candidate.precision, images.device):
-                network(images)
-            kept.append(sum(sizes))
-    torch._dynamo.reset()
-    return (kept[1] - kept[0]) / 2
-
-
 def count_compiled(candidate: Candidate, setting: Setting, mode: str, eager: Counts, *, budget: float = 1.0) -> Counts:
     """Count a training step or a forward pass of the compiled network, as inductor schedules it for a GPU.
 
@@ -333,8 +307,10 @@ def count_compiled(candidate: Candidate, setting: Setting, mode: str, eager: Cou
         network = _fake(network)
         compile_model(network, backend=counting_backend(add))
         images = torch.empty(setting.batch, 3, setting.img_size, setting.img_size)
-        with torch.set_grad_enabled(mode == "train"), autocast(candidate.precision, images.device):
-            scores = network(images.to(memory_format=torch.channels_last))
+        images = images.to(memory_format=torch.channels_last)
+        keeping = _keeping(network, lambda size: counts.kept.update({"": size}))
+        with torch.set_grad_enabled(mode == "train"), keeping, autocast(candidate.precision, images.device):
+            scores = network(images)
         if mode == "train":
             scores.backward(torch.empty_like(scores))
     torch._dynamo.reset()
