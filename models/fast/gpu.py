@@ -25,8 +25,8 @@ from .ops import depthwise_gradients, on_cpu, product_dtype, square_kernel
 WHOLE_POSITIONS = 256
 # Rows of a window in a larger map: the more, the fewer rows are read twice, and the more of the matrix is zeros.
 WINDOW_ROWS = (4, 2, 1)
-# Elements by which the rows of a half-precision matrix should be divisible, so that tensor cores read them directly.
-ALIGNMENT = 8
+# Bytes by which the rows of a matrix should be divisible, so that tensor cores read them directly.
+ALIGNMENT = 16
 
 
 class _SquareConvolution(torch.autograd.Function):
@@ -82,7 +82,7 @@ class ProductStripMLPLayer(StripMLPLayer):
     def product(self, x: Tensor) -> Tensor:
         """Return what ``forward`` returns, as a matrix product."""
         height, width = x.shape[2:] if self.axis == "row" else x.shape[:1:-1]
-        windows, rows, padded = _windows(height, width)
+        windows, rows, padded = _windows(height, width, product_dtype(x).itemsize)
         reach = self.mix.weight.shape[3] // 2 if windows > 1 else 0  # rows that a window sees beyond its own
         if reach > rows:
             return StripMLPLayer.forward(self, x)
@@ -112,10 +112,10 @@ class ProductStripMLPLayer(StripMLPLayer):
         return torch.baddbmm(bias, x, strip_matrix(self.mix.weight, len(x), rows, reach))
 
 
-def _windows(height: int, width: int) -> tuple[int, int, int]:
+def _windows(height: int, width: int, element_size: int) -> tuple[int, int, int]:
     """Return the number of windows, the rows of each, and the rows of the map with zeros added below."""
     if height * width <= WHOLE_POSITIONS:
-        step = ALIGNMENT // math.gcd(ALIGNMENT, width)
+        step = ALIGNMENT // math.gcd(ALIGNMENT, width * element_size)
         padded = math.ceil(height / step) * step
         return 1, padded, padded
     rows = next(rows for rows in WINDOW_ROWS if height % rows == 0)
