@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from ..blocks import RelativePosition
 from ..layers import GRN, autocast_off
 from .ops import cache_groups, channels_last, gelu, gelu_, norm_over_space, on_cpu
 
@@ -244,18 +245,18 @@ class _AddPosition(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, table: Tensor) -> Tensor:
-        ctx.size, ctx.table = x.shape[2:], table.detach()
-        copies = table.new_empty(x.shape[2], *table.shape, dtype=x.dtype).copy_(table)
-        return x + _diagonals(copies, ctx.size).permute(2, 0, 1)  # (H, W, D) -> (D, H, W)
+    def forward(ctx: FunctionCtx, x: Tensor, table: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.size, ctx.table = size, table.detach()
+        copies = table.new_empty(size[0], *table.shape, dtype=x.dtype).copy_(table)
+        return x + _diagonals(copies, size).permute(2, 0, 1)  # (H, W, D) -> (D, H, W)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         copies = ctx.table.new_zeros(ctx.size[0], *ctx.table.shape)
         rows = grad.permute(0, 2, 3, 1)  # (B, D, H, W) -> (B, H, W, D)
         torch.sum(rows, dim=0, dtype=copies.dtype, out=_diagonals(copies, ctx.size))
-        return grad, copies.sum(dim=0)
+        return grad, copies.sum(dim=0), None
 
 
 def _diagonals(copies: Tensor, size: Sequence[int]) -> Tensor:
@@ -264,9 +265,9 @@ def _diagonals(copies: Tensor, size: Sequence[int]) -> Tensor:
     return copies.as_strided((height, width, dim), ((height + width) * dim, dim, 1), height * dim)
 
 
-def add_position(x: Tensor, table: Tensor) -> Tensor:
-    """Return ``RelativePosition(D, (H, W))(x)`` with that table. Shape: (B, D, H, W) -> same."""
-    return _AddPosition.apply(x, table)
+def add_position(position: RelativePosition, x: Tensor) -> Tensor:
+    """Return ``position(x)``. Shape: (B, D, H, W) -> same."""
+    return _AddPosition.apply(x, position.table, position.size)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

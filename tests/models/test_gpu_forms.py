@@ -107,6 +107,12 @@ def test_position_tables(size: tuple[int, int]) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
+def test_position_tables_of_another_size() -> None:
+    position = FastRelativePosition(4, (3, 5))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        position(torch.zeros(2, 4, 5, 3))
+
+
 def test_position_tables_sum_half_precision_in_float32() -> None:
     position = FastRelativePosition(2, (3, 3))
     grad = torch.full((512, 2, 3, 3), 1.0)
