@@ -26,7 +26,7 @@ from ..blocks import (
 from ..layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual
 from .autograd import add_position, gelu_grn, grn, is_plain, may_use_handwritten, norm_gelu, weighted_sum
 from .depthwise import depthwise_conv
-from .gpu import EagerStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
+from .gpu import CastingStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
 from .linear_chain import ChainLink, linear_chain
 from .ops import on_cpu
 
@@ -137,7 +137,7 @@ def add_residual_of_kept(x: Tensor, branch: Callable[[Tensor], Tensor], drop_pat
 
 _LEAN = (FastCGSMM, FastLSMM, FastStripMixingBlock, FastChannelMixingBlock)
 _CPU = (FastDepthwiseConv2d, FastStripMLPBlock)
-_GPU = (SquareDepthwiseConv2d, ProductStripMLPLayer, EagerStripMLPBlock, FastRelativePosition)
+_GPU = (SquareDepthwiseConv2d, ProductStripMLPLayer, CastingStripMLPBlock, FastRelativePosition)
 
 
 def accelerate(model: Model, device_type: str = "cpu", *, lean: bool = True) -> Model:

@@ -2,15 +2,14 @@
 
 cuDNN has fast kernels for depthwise convolutions over channels_last maps, but for square kernels alone, and none for
 grouped convolutions with as few channels per group as a Strip MLP layer has. So a depthwise kernel is filled up with
-zeros to a square, and a Strip MLP layer becomes one batched matrix product. In eager code, where the host launches each
-kernel, autocast's copies of a block's weights are made by one, and its batches counted by one.
+zeros to a square, and a Strip MLP layer becomes one batched matrix product. Small kernels keep the host busy:
+autocast's copies of a block's weights are made by one, and its batches counted by one.
 
 Legend as in ``models.blocks``; also R rows of a window, N windows of a map (N * R = H), E rows of a strip.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -177,51 +176,45 @@ def _copies(tensors: Sequence[Tensor], into: list[Tensor]) -> list[Tensor]:
     return into
 
 
-@contextmanager
-def cast_at_once(module: nn.Module, dtype: torch.dtype, kinds: tuple[type[nn.Module], ...]) -> Iterator[None]:
-    """Give the layers of some kinds in ``module`` their weights and biases in the type of their products.
+# Where a module keeps a tensor: the dictionary of its parameters or buffers, and the name there.
+_Place = tuple[dict[str, Tensor | None], str]
 
-    Autocast does the same one by one, which keeps the host busy: two kernels for each tensor. Other parameters stay,
-    because the hand-written gradients read some of them again in the backward pass.
+
+def _put(places: Sequence[_Place], tensors: Sequence[Tensor | None]) -> None:
+    for (kept, name), tensor in zip(places, tensors, strict=True):
+        kept[name] = tensor
+
+
+class CastingStripMLPBlock(StripMLPBlock):
+    """``StripMLPBlock`` that casts its weights and counts its batches by one kernel each, compiled or not.
+
+    Autocast copies each weight by itself, and each BatchNorm counts by itself, which keeps the host busy. During the
+    forward pass, the copies are in the places of the weights, and the counters are away.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
-    places = [(layer._parameters, name) for layer in layers for name, x in layer._parameters.items() if x is not None]
-    before = [parameters[name] for parameters, name in places]
-    try:
-        for (parameters, name), copied in zip(places, _Cast.apply(dtype, *before), strict=True):
-            parameters[name] = copied
-        yield
-    finally:
-        for (parameters, name), parameter in zip(places, before, strict=True):
-            parameters[name] = parameter
-
-
-@contextmanager
-def counted_at_once(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Let those of ``norms`` that are BatchNorms in training count their batch by one kernel for all."""
-    norms = [norm for norm in norms if type(norm) is nn.BatchNorm2d and norm.training and norm.momentum is not None]
-    counters = [norm.num_batches_tracked for norm in norms]
-    counted = [counter for counter in counters if counter is not None]
-    if counted:
-        torch._foreach_add_(counted, 1)
-    try:
-        for norm in norms:
-            norm.num_batches_tracked = None
-        yield
-    finally:
-        for norm, counter in zip(norms, counters, strict=True):
-            norm.num_batches_tracked = counter
-
-
-class EagerStripMLPBlock(StripMLPBlock):
-    """``StripMLPBlock`` that casts its weights and counts its batches all at once; compilers do so themselves."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if on_cpu(x) or torch.compiler.is_compiling():
+        if on_cpu(x):
             return super().forward(x)
-        mixing, dtype = self.strip_mixing, autocast_dtype(x.device.type)
-        norms = (mixing.norm1, mixing.norm2, getattr(mixing.cgsmm, "norm", None))
-        chained = type(self.channel_mixing) is not ChannelMixingBlock  # its LayerNorm is computed again going back
+        dtype, counters = autocast_dtype(x.device.type), self._counters()
+        weights = [] if dtype is None else self._weights_to_cast()
+        parameters, counts = ([kept[name] for kept, name in places] for places in (weights, counters))
+        copies = _Cast.apply(dtype, *parameters) if weights else ()
+        if counters:
+            torch._foreach_add_(counts, 1)
+        try:
+            _put(weights + counters, [*copies, *[None] * len(counters)])
+            return super().forward(x)
+        finally:
+            _put(weights + counters, parameters + counts)
+
+    def _weights_to_cast(self) -> list[_Place]:
+        chained = type(self.channel_mixing) is not ChannelMixingBlock  # reads its LayerNorm again in the backward pass
         kinds = (nn.Conv2d, nn.Linear) if chained else (nn.Conv2d, nn.Linear, nn.LayerNorm)
-        with counted_at_once(norms), nullcontext() if dtype is None else cast_at_once(self, dtype, kinds):
-            return super().forward(x)
+        layers = [layer._parameters for layer in self.modules() if isinstance(layer, kinds)]
+        return [(kept, name) for kept in layers for name, x in kept.items() if x is not None]
+
+    def _counters(self) -> list[_Place]:
+        mixing = self.strip_mixing
+        norms = (mixing.norm1, mixing.norm2, getattr(mixing.cgsmm, "norm", None))
+        norms = [norm for norm in norms if type(norm) is nn.BatchNorm2d and norm.training and norm.momentum is not None]
+        return [(norm._buffers, "num_batches_tracked") for norm in norms if norm.num_batches_tracked is not None]

@@ -12,7 +12,7 @@ from models import gpu_path
 from models.blocks import RelativePosition, StripMLPBlock, StripMLPLayer
 from models.fast import accelerate, ops
 from models.fast.blocks import FastRelativePosition
-from models.fast.gpu import EagerStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
+from models.fast.gpu import CastingStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
 from models.layers import DepthwiseConv2d
 from tests.builders import noise_map, randomised, tiny_network
 from tests.golden.load import golden_model, images, training_step
@@ -78,19 +78,22 @@ def test_gradients_have_the_strides_of_their_weights(lean: bool) -> None:
     assert not other
 
 
-def test_casting_at_once_is_what_autocast_does() -> None:
+@pytest.mark.parametrize("compiles", (False, True))
+def test_casting_at_once_is_what_autocast_does(compiles: bool) -> None:
     """Outputs and gradients to the bit, and afterwards the parameters themselves are back in their places."""
     results = []
-    for form in (StripMLPBlock, EagerStripMLPBlock):
+    for form in (StripMLPBlock, CastingStripMLPBlock):
         block = randomised(StripMLPBlock(8, 4, 2)).float()
         block.__class__ = form
+        if compiles:
+            block.compile(backend="aot_eager", fullgraph=True)
         block.strip_mixing.lsmm.reweight2.bias.requires_grad_(False)
-        names = {name: id(p) for name, p in block.named_parameters()}
+        names = {name: id(p) for name, p in (*block.named_parameters(), *block.named_buffers())}
         with torch.autocast("cpu", torch.bfloat16):
             out = block(noise_map(2, 8, 4, 4).float().requires_grad_())
         out.float().square().sum().backward()
-        assert names == {name: id(p) for name, p in block.named_parameters()}
-        results.append([out, *(p.grad for p in block.parameters() if p.requires_grad)])
+        assert names == {name: id(p) for name, p in (*block.named_parameters(), *block.named_buffers())}
+        results.append([out, *(p.grad for p in block.parameters() if p.requires_grad), *block.buffers()])
     assert all(map(torch.equal, *results))
 
 
@@ -168,9 +171,9 @@ def test_activation_checkpointing_under_autocast(lean: bool) -> None:
 def test_only_the_forms_of_the_device_are_attached() -> None:
     def kinds(*args: str, **options: bool) -> set[str]:
         names = {type(module).__name__ for module in accelerate(tiny_network(), *args, **options).modules()}
-        return {name for name in names if name.startswith(("Fast", "Square", "Product", "Eager"))}
+        return {name for name in names if name.startswith(("Fast", "Square", "Product", "Casting"))}
 
-    gpu = {"SquareDepthwiseConv2d", "ProductStripMLPLayer", "EagerStripMLPBlock", "FastRelativePosition"}
+    gpu = {"SquareDepthwiseConv2d", "ProductStripMLPLayer", "CastingStripMLPBlock", "FastRelativePosition"}
     assert kinds("cuda", lean=False) == gpu | {"FastGRN", "FastLSMM"}
     assert "FastDepthwiseConv2d" not in kinds("cuda", lean=True) > gpu
     assert kinds("cpu", lean=False) == set()

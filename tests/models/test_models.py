@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hubconf
 from models import StripMLPNet, accelerate, build_model, inference_form
 from models.fast.blocks import FastChannelMixingBlock
-from models.fast.gpu import EagerStripMLPBlock
+from models.fast.gpu import CastingStripMLPBlock
 from models.strip_mlp import default_cfgs
 from tests.builders import model_config, tiny_network
 from tests.golden.load import golden_model, images, training_step
@@ -167,7 +167,7 @@ def test_accelerate_asks_the_device() -> None:
     networks = [accelerate(tiny_network(), torch.device(device)) for device in ("cpu", "cuda")]
     on_cpu, on_gpu = ({type(module) for module in network.modules()} for network in networks)
     assert FastChannelMixingBlock in on_cpu - on_gpu
-    assert EagerStripMLPBlock in on_gpu - on_cpu
+    assert CastingStripMLPBlock in on_gpu - on_cpu
 
 
 def test_a_baseline_has_no_other_form() -> None:

@@ -5,6 +5,7 @@ import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
+from models.blocks import StripMLPBlock
 from tools import benchmark
 from tools.bench.candidates import Candidate, Setting
 from tools.bench.count import count, count_compiled
@@ -98,6 +99,18 @@ def test_compiled_code_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (eager.kernels.total(), compiled.kernels.total()) == (5, 3)
     images, between, scores, weights, norm = 2 * 3 * 64, 2 * 4 * 64, 2 * 5 * 64, 3 * 4 + 4 * 5, 4 * 4
     assert compiled.moved.total() == 4 * (images + between + 2 * between + between + scores + weights + norm)
+
+
+def test_compiled_blocks_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel casts a block's weights, one their gradients. Cast one by one, there are 164 kernels."""
+
+    def build(*_) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 16, 1), StripMLPBlock(16, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    monkeypatch.setattr("tools.bench.count.build_network", build)
+    candidate, setting = Candidate("resnet18", precision="bf16"), Setting("train", 16, 8, GPU, channels_last=True)
+    compiled = count_compiled(candidate, setting, "train", count(candidate, setting, "train"))
+    assert compiled.kernels.total() <= 130
 
 
 def test_count_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
