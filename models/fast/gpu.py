@@ -152,7 +152,6 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         copies = _copies(tensors, [torch.empty_like(x, dtype=dtype) for x in tensors])
         ctx.mark_non_differentiable(
@@ -162,16 +161,13 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, into = ctx.saved_tensors, [None] * len(grads)
-        arrived = [number for number, grad in enumerate(grads) if grad is not None]
-        copies = _copies([grads[number] for number in arrived], [torch.empty_like(saved[number]) for number in arrived])
-        for number, copied in zip(arrived, copies, strict=True):
-            into[number] = copied
-        return None, *into
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_copies(grads, [torch.empty_like(x) for x in ctx.saved_tensors])
 
 
 def _copies(tensors: Sequence[Tensor], into: list[Tensor]) -> list[Tensor]:
+    if torch.compiler.is_compiling():  # PyTorch 2.11 loses what a compiled backward pass writes in place
+        return torch.ops.aten._foreach_copy(into, list(tensors))
     torch._foreach_copy_(into, list(tensors))
     return into
 
