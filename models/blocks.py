@@ -18,7 +18,7 @@ from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual, mean_over_space, softmax
+from .layers import GRN, ChannelLayerNorm, DepthwiseConv2d, PointwiseLinear, add_residual, autocast_off, mean_over_space
 
 
 class RelativePosition(nn.Module):
@@ -155,13 +155,19 @@ class LSMM(nn.Module):
     def weights(self, pooled: Tensor) -> Tensor:
         """Return the branches' weights from the mean over space of their sum, (B, D, 1, 1) -> (B, D, 3, 1, 1)."""
         z = self.reweight2(F.gelu(self.reweight1(pooled)))
-        return softmax(z.unflatten(1, (-1, 3)), dim=2)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
+        return _softmax(z.unflatten(1, (-1, 3)), dim=2)  # (B, 3 * D, 1, 1) -> (B, D, 3, 1, 1)
 
     def forward(self, v: Tensor) -> Tensor:
         tall, wide = self.tall(v), self.wide(v)
         pooled = mean_over_space(tall) + mean_over_space(wide) + mean_over_space(v)
         w_tall, w_wide, w_v = self.weights(pooled).unbind(dim=2)
         return torch.addcmul(torch.addcmul(w_tall * tall, w_wide, wide), w_v, v)  # w_tall tall + w_wide wide + w_v v
+
+
+@torch.fx.wrap  # a tracer could not follow what depends on the input's device
+def _softmax(x: Tensor, dim: int) -> Tensor:
+    with autocast_off(x.device.type):  # which would copy x to float32; the kernel computes in float32 anyway
+        return x.softmax(dim)
 
 
 TOKEN_MIXINGS = ("both", "cgsmm", "lsmm")

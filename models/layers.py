@@ -57,13 +57,6 @@ def _channel_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
-@torch.fx.wrap
-def softmax(x: Tensor, dim: int) -> Tensor:
-    """Return the softmax in the type of ``x``; autocast would make it float32, in which the kernel computes anyway."""
-    with autocast_off(x.device.type):
-        return x.softmax(dim)
-
-
 def mean_over_space(x: Tensor) -> Tensor:
     """Return the mean of each channel, (B, C, H, W) -> (B, C, 1, 1)."""
     return x.mean(dim=(2, 3), keepdim=True)

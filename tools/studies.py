@@ -346,7 +346,7 @@ def curves(runs: dict[str, list[FinishedRun]], title: str) -> bytes:
             colour = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
             axes.plot(epochs, values.mean(axis=0), label=config.rpartition("/")[2], **colour)
             axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour["color"], alpha=0.2, lw=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)

@@ -229,7 +229,7 @@ class _WeightedSum(torch.autograd.Function):
         maps, grad = ctx.saved_tensors, channels_last(grad) if on_cpu(grad) else grad
         dweights = torch.empty_like(ctx.weights)  # (B, C, n, 1, 1)
         for x, dweight in zip(maps, dweights.unbind(dim=2), strict=True):
-            torch.sum(grad * x, dim=(2, 3), keepdim=True, out=dweight)
+            torch.sum(grad * x, dim=(2, 3), keepdim=True, dtype=dweight.dtype, out=dweight)
         wanted = [ctx.leaf, *ctx.parameters]
         dpooled, *dparameters = torch.autograd.grad(ctx.weights, wanted, dweights, retain_graph=True)
         dpooled = dpooled / (grad.shape[2] * grad.shape[3])
@@ -277,7 +277,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
     means = maps[0].new_empty(len(maps), *maps[0].shape[:2], 1, 1)
     for x, mean in zip(maps, means, strict=True):
-        torch.mean(x, dim=(2, 3), keepdim=True, out=mean)
+        torch.mean(x, dim=(2, 3), keepdim=True, dtype=mean.dtype, out=mean)
     return means.sum(dim=0)
 
 

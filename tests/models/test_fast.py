@@ -100,6 +100,18 @@ def test_weighted_sum() -> None:
     assert_accelerated_same(randomised(LSMM(4)), noise_map(3, 4, 6, 6).requires_grad_())
 
 
+def test_weighted_sum_of_a_float32_map_under_autocast() -> None:
+    """The two convolutions make half-precision maps of it."""
+    results = []
+    for lsmm in (randomised(LSMM(4)).float(), accelerate(randomised(LSMM(4)).float())):
+        v = noise_map(3, 4, 6, 6).float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = lsmm(v)
+        results.append((out, *torch.autograd.grad(out.sum(), (v, *lsmm.parameters()))))
+    assert results[1][0].dtype == torch.float32
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.usefixtures("small_groups")
 @pytest.mark.parametrize("needed", (True, False))
 def test_linear_chain(needed: bool) -> None:
