@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import gpu_path
 from models.blocks import RelativePosition, StripMLPBlock, StripMLPLayer
 from models.fast import accelerate, ops
-from models.fast.blocks import FastRelativePosition
+from models.fast.blocks import FastGRN, FastRelativePosition
 from models.fast.gpu import CastingStripMLPBlock, ProductStripMLPLayer, SquareDepthwiseConv2d
-from models.layers import DepthwiseConv2d
+from models.layers import GRN, DepthwiseConv2d
 from tests.builders import noise_map, randomised, tiny_network
 from tests.golden.load import golden_model, images, training_step
 
@@ -95,6 +95,23 @@ def test_casting_at_once_is_what_autocast_does(compiles: bool) -> None:
         assert names == {name: id(p) for name, p in (*block.named_parameters(), *block.named_buffers())}
         results.append([out, *(p.grad for p in block.parameters() if p.requires_grad), *block.buffers()])
     assert all(map(torch.equal, *results))
+
+
+def test_grn_with_a_channel_that_is_zero_everywhere() -> None:
+    """There the norm has no derivative; in float16, dividing by it would overflow."""
+    grn, a = randomised(GRN(6)), noise_map(3, 6, 4, 4)
+    a[:, 1] = 0.0
+    fast, a = copy.copy(grn), a.requires_grad_()  # shares the parameters
+    fast.__class__ = FastGRN
+    results = []
+    for call in (grn, fast):
+        out = call(a)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (a, *grn.parameters()))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-11)
+    fast, half = FastGRN(6), a.detach().half().requires_grad_()
+    torch.nn.init.normal_(fast.gamma)
+    fast(half).backward(torch.full_like(half, 1024.0))
+    assert half.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("size", ((1, 1), (3, 5), (5, 3)))
