@@ -185,7 +185,8 @@ class CastingStripMLPBlock(StripMLPBlock):
     """``StripMLPBlock`` that casts its weights and counts its batches by one kernel each, compiled or not.
 
     Autocast copies each weight by itself, and each BatchNorm counts by itself, which keeps the host busy. During the
-    forward pass, the copies are in the places of the weights, and the counters are away.
+    forward pass, the copies are in the places of the weights, and the counters are away; so two threads must not run
+    one network at the same time.
     """
 
     def forward(self, x: Tensor) -> Tensor:
