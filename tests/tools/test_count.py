@@ -73,10 +73,17 @@ def test_backward_work_belongs_to_the_part_that_caused_it() -> None:
     assert counts.kept["fc"] == 2 * 3 * 4
 
 
+class Row(nn.Sequential):
+    """A network with a forward pass of its own: not every release of PyTorch compiles that of ``nn.Sequential``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 def test_a_budget_makes_compiled_code_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*_) -> nn.Sequential:
+    def build(*_) -> Row:
         between = nn.GELU(), nn.BatchNorm2d(4), nn.GELU()
-        return nn.Sequential(nn.Conv2d(3, 4, 1), *between, nn.Conv2d(4, 10, 8), nn.Flatten())
+        return Row(nn.Conv2d(3, 4, 1), *between, nn.Conv2d(4, 10, 8), nn.Flatten())
 
     monkeypatch.setattr("tools.bench.count.build_network", build)
     candidate, setting = Candidate("resnet18"), Setting("train", 2, 8, GPU, channels_last=True)
@@ -88,9 +95,9 @@ def test_a_budget_makes_compiled_code_keep_less(monkeypatch: pytest.MonkeyPatch)
 def test_compiled_code_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two convolutions, all operations are one kernel, which reads and writes the map once."""
 
-    def build(*_) -> nn.Sequential:
+    def build(*_) -> Row:
         norm = nn.Sequential(nn.GELU(), nn.BatchNorm2d(4), nn.GELU())
-        return nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), norm, nn.Conv2d(4, 5, 1, bias=False))
+        return Row(nn.Conv2d(3, 4, 1, bias=False), norm, nn.Conv2d(4, 5, 1, bias=False))
 
     monkeypatch.setattr("tools.bench.count.build_network", build)
     candidate, setting = Candidate("resnet18"), Setting("infer", 2, 8, GPU, channels_last=True)
@@ -104,13 +111,13 @@ def test_compiled_code_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_blocks_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel casts a block's weights, one their gradients. Cast one by one, there are 164 kernels."""
 
-    def build(*_) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(3, 16, 1), StripMLPBlock(16, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def build(*_) -> Row:
+        return Row(nn.Conv2d(3, 16, 1), StripMLPBlock(16, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     monkeypatch.setattr("tools.bench.count.build_network", build)
     candidate, setting = Candidate("resnet18", precision="bf16"), Setting("train", 16, 8, GPU, channels_last=True)
     compiled = count_compiled(candidate, setting, "train", count(candidate, setting, "train"))
-    assert compiled.kernels.total() <= 130
+    assert 0 < compiled.kernels.total() <= 135
 
 
 def test_count_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
