@@ -166,7 +166,7 @@ class LSMM(nn.Module):
 
 @torch.fx.wrap  # a tracer could not follow what depends on the input's device
 def _softmax(x: Tensor, dim: int) -> Tensor:
-    with autocast_off(x.device.type):  # which would copy x to float32; the kernel computes in float32 anyway
+    with autocast_off(x.device.type):  # which on a GPU would copy x to float32, in which the kernel computes anyway
         return x.softmax(dim)
 
 
